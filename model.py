@@ -1,0 +1,1161 @@
+"""
+Wavelet sequence mixers, from scratch: everything that is a model is in this file.
+
+  haar    Learnable Multi-Scale Wavelet Transformer    arXiv 2504.08801
+  wavspa  Wavelet Space Attention                      arXiv 2210.01989
+  wersa   Wavelet-Enhanced Random Spectral Attention   arXiv 2507.08637
+
+and two baselines, attention (flash SDPA) and fourier (FNet, arXiv 2105.03824), in one small
+encoder-decoder that is also an encoder or a decoder alone.
+
+Letters:  B batch · T target (or only) length · S source length · C channels (n_embd) · H heads
+          dh channels per head · L levels, a level-l coefficient spans 2^l tokens · F filter taps
+          m random features per head · a_l, d_l approximation and detail coefficients of level l
+
+A mixer is an nn.Module with
+  y = mixer(x, mask)                    x, y (B,T,C); mask (B,T) bool, True = real token, or None
+  state = mixer.init_state(B, device, dtype);  y_t, state = mixer.step(x_t, state)    if causal
+and keeps four promises that test_model.py checks: a causal one never looks ahead (not by a bit),
+masked positions change nothing at real ones, step equals the parallel form, any T >= 1 will do.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+def check(ok, sentence):
+    """A wrong setting ends in one sentence that names the flag to change."""
+    if not ok:
+        raise ValueError(sentence)
+
+
+@dataclass
+class ModelConfig:
+    arch: str = "encdec"            # encdec | encoder | decoder
+    mixer: str = "wersa"            # attention | haar | wavspa | wersa | fourier
+    cross: str = "auto"             # auto | attention | wersa | aligned: how the decoder reads the source
+    vocab_size: int = 259
+    block_size: int = 128
+    n_classes: int = 2              # encoder only
+    pad_id: int = 0                 # ids equal to it are padding: masked, and never a target
+    n_layer: int = 2                # of the encoder and of the decoder, each
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    bias: bool = False
+    pos: str = "rope"               # rope (in attention and wersa) | learned (added to the tokens) | none
+    pool: str = "mean"              # encoder output: mean | cls | token (one label per token)
+    label_smoothing: float = 0.0    # while training only
+    levels: int = 0                 # haar, wavspa, aligned; 0 = ceil(log2(block_size)), the whole block
+    haar_aggregate: str = "sum"     # sum | concat
+    haar_learnable: bool = True     # False freezes the taps at Haar's
+    haar_tile: bool = False         # True = the paper's plain tiling, which has rank T/2
+    haar_causal: str = "atrous"     # atrous | partial | literal (leaks; kept for the record)
+    wavelet: str = "db2"            # haar | db2 ... db20
+    wavelet_params: str = "ortho"   # fixed | ada | ortho | lift
+    wavspa_causal: str = "sorted"   # sorted (by completion time) | atrous (undecimated)
+    wavspa_shared: bool = True      # False = one attention per band, the authors' choice
+    inner: str = "attention"        # attention | wersa: what wavspa wraps
+    n_features: int = 0             # wersa; 0 = 4 * channels per head
+    feature_map: str = "relu"       # relu | exp
+    orthogonal_features: bool = False
+    beta: float = 1.0               # wersa's bandwidth; inert with relu features, live with exp
+    wersa_levels: int = 2           # 0 = no wavelets
+    wersa_adaptive: bool = True     # False = gains that do not depend on the input
+    cross_ratio: float = 1.0        # aligned: source tokens per target token
+    aligned_content: bool = True    # aligned: weigh the candidates by content too, not by place alone
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            check(getattr(self, name) in known, f"--{name}={getattr(self, name)} is unknown, use one of: {' '.join(known)}")
+        for name in ("vocab_size", "block_size", "n_classes", "n_layer", "n_head", "n_embd"):
+            check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
+        for name in ("levels", "wersa_levels"):
+            v, most = getattr(self, name), max(1, math.ceil(math.log2(self.block_size)))
+            check(0 <= v <= most, f"--{name}={v} must lie in 0..{most}: 2^{name} may not pass --block_size={self.block_size} by more than padding")
+        check(self.n_embd % self.n_head == 0, f"--n_embd={self.n_embd} must be divisible by --n_head={self.n_head}")
+        check(0 <= self.dropout < 1, f"--dropout={self.dropout} must lie in [0, 1)")
+        check(0 <= self.label_smoothing < 1, f"--label_smoothing={self.label_smoothing} must lie in [0, 1)")
+        check(self.n_features >= 0, f"--n_features={self.n_features} must be at least 1 (or 0 for 4 * n_embd / n_head)")
+        check(self.beta > 0, f"--beta={self.beta} must be above 0")
+        check(self.cross_ratio > 0, f"--cross_ratio={self.cross_ratio} must be above 0")
+        check(self.mixer != "fourier" or self.arch == "encoder",
+              f"--mixer=fourier mixes the whole sequence and cannot be causal: use --arch=encoder, not {self.arch}")
+
+    @property
+    def n_levels(self):
+        return self.levels or max(1, math.ceil(math.log2(self.block_size)))
+
+
+CHOICES = {  # every flag that takes one of a few words
+    "arch": ("encdec", "encoder", "decoder"),
+    "mixer": ("attention", "haar", "wavspa", "wersa", "fourier"),
+    "cross": ("auto", "attention", "wersa", "aligned"),
+    "pos": ("rope", "learned", "none"),
+    "pool": ("mean", "cls", "token"),
+    "haar_aggregate": ("sum", "concat"),
+    "haar_causal": ("atrous", "partial", "literal"),
+    "wavelet": ("haar",) + tuple(f"db{n}" for n in range(2, 21)),
+    "wavelet_params": ("fixed", "ada", "ortho", "lift"),
+    "wavspa_causal": ("sorted", "atrous"),
+    "inner": ("attention", "wersa"),
+    "feature_map": ("relu", "exp"),
+}
+
+# -----------------------------------------------------------------------------
+# wavelet transforms: free functions along dim -2 of (..., T, C), used by every mixer
+
+
+@lru_cache
+def _daubechies(n):
+    """Taps of dbN and its lattice angles, by spectral factorisation (Daubechies 1992, section 6.1). float64 cannot hold
+    the polynomial's roots at n = 20, so both are found with 60 digits of mpmath, which torch brings along."""
+    check(1 <= n <= 20, f"daubechies({n}): n must lie in 1..20")
+    import mpmath as mp
+    with mp.workdps(60):
+        roots = mp.polyroots([mp.binomial(n - 1 + k, k) for k in reversed(range(n))], maxsteps=500, extraprec=200) if n > 1 else []
+        h = [mp.mpf(1)]
+        for y in roots:                                        # z + 1/z = 2 - 4y: keep the root inside the unit circle
+            z = 1 - 2 * y + mp.sqrt((1 - 2 * y) ** 2 - 1)
+            z = z if abs(z) < 1 else 1 / z
+            h = [u - z * w for u, w in zip(h + [0], [0] + h)]
+        for _ in range(n):
+            h = [u + w for u, w in zip(h + [0], [0] + h)]
+        h = [mp.re(u) * mp.sqrt(2) / mp.re(sum(h)) for u in h]
+        taps, angles = [float(u) for u in h], []
+        while h:                                               # peel one rotation off at a time: tan(phi_i) = h[-1] / h[0]
+            angles.append(mp.atan2(h[-1], h[0]))
+            g = [-u if m % 2 else u for m, u in enumerate(reversed(h))]
+            h = [mp.cos(angles[-1]) * u + mp.sin(angles[-1]) * w for u, w in zip(h, g)][:-2]
+        return torch.tensor(taps, dtype=torch.float64), torch.tensor([float(u) for u in angles[::-1]], dtype=torch.float64)
+
+
+def daubechies(n):
+    """The 2n taps of the Daubechies wavelet dbN, N = n in 1..20: float64 (2n,), sum sqrt(2), norm 1, energy first."""
+    return _daubechies(n)[0].clone()
+
+
+def lattice_angles(n):
+    """The n rotation angles, float64, with lattice(angles) = daubechies(n)."""
+    return _daubechies(n)[1].clone()
+
+
+def qmf(h):
+    """The high-pass that makes h (F,) or (F, C) an orthonormal pair: g[m] = (-1)^m h[F-1-m], PyWavelets' sign."""
+    sign = torch.ones(h.size(0), dtype=h.dtype, device=h.device)
+    sign[1::2] = -1
+    return h.flip(0) * sign.view(-1, *[1] * (h.dim() - 1))
+
+
+def lattice(phi):
+    """Rotation angles phi (F/2,) or (F/2, C) -> orthonormal low-pass (F,) or (F, C), orthonormal for any angles
+    (Vaidyanathan's lattice, WavSpA eq. 8). Angles that add up to pi/4 give sum(h) = sqrt(2)."""
+    c, s = phi.cos(), phi.sin()
+    h, g = torch.stack((c[0], s[0])), torch.stack((-s[0], c[0]))
+    for ci, si in zip(c[1:], s[1:]):
+        zero = torch.zeros_like(h[:2])
+        h, g = torch.cat((h, zero)), torch.cat((zero, g))
+        h, g = ci * h + si * g, ci * g - si * h
+    return h
+
+
+def extend(x, left, right, n, period):
+    """x (..., T, C) -> (..., left + T + T % 2 + right, C): sample j of a row of n real samples is x[min(j mod period, n-1)].
+    n and period are ints, or (B,) tensors when the rows of a batch differ: each row then wraps at its own end and sees
+    nothing of its padding. An odd row repeats its last sample first, as PyWavelets' periodization does."""
+    T = x.size(-2)
+    if isinstance(n, int):
+        if T % 2 == 0 and left == right == 0:
+            return x
+        j = torch.arange(-left, T + T % 2 + right, device=x.device)
+        return x.index_select(-2, (j % period).clamp(max=n - 1))
+    j = torch.arange(-left, T + T % 2 + right, device=x.device)
+    j = torch.minimum(j % period[:, None], n[:, None] - 1)[..., None]               # (B, T', 1)
+    return x.gather(-2, j.expand(-1, -1, x.size(-1)))
+
+
+def fir(x, taps):
+    """y[k] = sum_m taps[m] * x[2k + m], x (..., T, C), taps (F,) or (F, C) -> (..., (T - F) // 2 + 1, C): half a filter bank."""
+    K = (x.size(-2) - len(taps)) // 2 + 1
+    y = taps[0] * x[..., 0:max(0, 2 * K - 1):2, :]
+    for m in range(1, len(taps)):
+        y = y + taps[m] * x[..., m:max(m, m + 2 * K - 1):2, :]
+    return y
+
+
+def synthesize(a, d, h, g, n=None):
+    """x[2k + m] += h[m] a[k] + g[m] d[k], periodic: the transpose of analysis with (h, g), hence its inverse when the
+    pair is orthonormal. a, d (..., K, C) -> (..., 2K, C); n: K, or the rows' own counts as a (B,) tensor."""
+    p, n = len(h) // 2 - 1, a.size(-2) if n is None else n
+    if p > 0:
+        a, d = (extend(v, p, 0, n, n)[..., :p + v.size(-2), :] for v in (a, d))
+    K, both = a.size(-2) - p, []
+    for r in (0, 1):
+        both.append(sum(h[2 * q + r] * a[..., p - q:p - q + K, :] + g[2 * q + r] * d[..., p - q:p - q + K, :] for q in range(p + 1)))
+    return torch.stack(both, -2).flatten(-3, -2)
+
+
+def _half(n):
+    return (n + 1) // 2
+
+
+def _as_taps(h, x):
+    h = torch.as_tensor(h).to(x)
+    check(h.size(0) % 2 == 0, f"a wavelet filter needs an even number of taps, this one has {h.size(0)}")
+    return h
+
+
+def _dwt(x, levels, n, split):
+    """The cascade: split(x, n) -> (a, d) applied to a again and again -> [a_L, d_L, ..., d_1]."""
+    bands = []
+    for _ in range(levels):
+        x, d = split(x, n)
+        bands.append(d)
+        n = _half(n)
+    return [x] + bands[::-1]
+
+
+def _idwt(bands, n, merge):
+    """_dwt undone: merge(a, d, count) -> x; n is the int or (B,) length of the result, or None for all there is."""
+    x = bands[0]
+    for i, d in enumerate(bands[1:]):
+        below = len(bands) - 2 - i                              # levels still to come after this one
+        count = d.size(-2) if n is None else n
+        for _ in range(0 if n is None else below + 1):
+            count = _half(count)
+        x = merge(x[..., :d.size(-2), :], d, count)
+    return x[..., :n, :] if isinstance(n, int) else x
+
+
+def dwt(x, h, levels, n=None):
+    """Periodised wavelet transform of x (..., T, C) with an orthonormal low-pass h (F,) or (F, C), F even, any T >= 1.
+    Returns [a_L, d_L, ..., d_1], band l of ceil(T / 2^l) coefficients. n (B,): each row's real length, if they differ."""
+    most = math.ceil(math.log2(max(1, x.size(-2))))
+    check(0 <= levels <= most, f"levels={levels}: {x.size(-2)} samples take 0..{most} levels")
+    h = _as_taps(h, x)
+    return _dwt(x, levels, x.size(-2) if n is None else n, lambda x, n: analyze(x, h, qmf(h), n))
+
+
+def idwt(bands, h, n=None):
+    """The inverse of dwt, cropped to n samples if n is given (else an odd T comes back with one more)."""
+    h = _as_taps(h, bands[0])
+    return _idwt(bands, n, lambda a, d, n: synthesize(a, d, h, qmf(h), n))
+
+
+def analyze(x, h, g, n):
+    x = extend(x, 0, len(h) - 2, n, n + n % 2)
+    return fir(x, h), fir(x, g)
+
+
+def haar_dwt(x, levels):
+    """dwt with Haar's taps: a = (x0 + x1)/sqrt(2), d = (x0 - x1)/sqrt(2), as pywt.wavedec(x, "haar", "periodization")."""
+    return dwt(x, daubechies(1), levels)
+
+
+def haar_idwt(bands, n=None):
+    return idwt(bands, daubechies(1), n)
+
+
+def lift_split(x, lift, n):
+    """One lifting level (Sweldens 1996): d = odd - P(even), a = even + U(d); lift (2, 2, C) = taps of P at e[k], e[k+1]
+    and of U at d[k-1], d[k]. The scaling makes P = (1, 0), U = (0, 1/2) Haar, PyWavelets' sign."""
+    x = extend(x, 0, 0, n, n + n % 2)
+    e, o, n = x[..., 0::2, :], x[..., 1::2, :], _half(n)
+    d = o - _lift_term(e, lift[0], n, 0, 1)
+    a = e + _lift_term(d, lift[1], n, 1, 0)
+    return a * math.sqrt(2), d * -math.sqrt(0.5)
+
+
+def lift_merge(a, d, lift, n):
+    """The exact inverse of lift_split, for any lift: subtract what was added."""
+    a, d = a * math.sqrt(0.5), d * -math.sqrt(2)
+    e = a - _lift_term(d, lift[1], n, 1, 0)
+    o = d + _lift_term(e, lift[0], n, 0, 1)
+    return torch.stack((e, o), -2).flatten(-3, -2)
+
+
+def _lift_term(x, taps, n, left, right):
+    T, x = x.size(-2), extend(x, left, right, n, n)
+    return taps[0] * x[..., :T, :] + taps[1] * x[..., 1:1 + T, :]
+
+
+def lift_taps(lift):
+    """The causal lifting step (neighbours k and k-1 only) as a pair of 6-tap filters (6, C) for fir."""
+    (p1, p0), (u1, u0) = lift[0].flip(0), lift[1]              # p0, u0 act at k
+    zero, one = torch.zeros_like(p0), torch.ones_like(p0)
+    g = torch.stack((zero, zero, -p1, zero, -p0, one))
+    past = torch.stack((-p1, zero, -p0, one, zero, zero))      # the same d, one coefficient earlier
+    h = torch.stack((zero, zero, zero, zero, one, zero)) + u0 * g + u1 * past
+    return h * math.sqrt(2), g * -math.sqrt(0.5)
+
+
+def delayed(x, s, taps=2):
+    """x (..., T, C) -> [x[t - (taps-1)s], ..., x[t - s], x[t]], zero before the start: the a trous (undecimated) reach."""
+    return [F.pad(x, (0, 0, j * s, 0))[..., :x.size(-2), :] for j in reversed(range(taps))]
+
+
+class Ring:
+    """delayed, one token at a time: each call keeps its last (taps-1)s + 1 inputs in a slice of buf (B, size, C), written
+    in place. Calls must come in the same order at every t. One slot more than needed, so that a step can be redone."""
+
+    def __init__(self, buf, t):
+        self.buf, self.t, self.at = buf, t, 0
+
+    def __call__(self, x, s, taps=2):
+        size = (taps - 1) * s + 1
+        buf = self.buf[:, self.at:self.at + size]
+        self.at += size
+        buf[:, self.t % size] = x
+        return [buf[:, (self.t - j * s) % size].clone() for j in reversed(range(taps))]
+
+    @staticmethod
+    def zeros(B, levels, C, taps=2, **kw):
+        return torch.zeros(B, sum((taps - 1) * 2 ** l + 1 for l in range(levels)), C, **kw)
+
+
+# -----------------------------------------------------------------------------
+# attention: the baseline, and what wavspa wraps
+
+
+def rope(x, pos):
+    """Rotary position embedding (arXiv 2104.09864): x (..., T, dh), pos (T,); an odd last channel stays."""
+    n = x.size(-1) // 2
+    angle = pos.float()[:, None] * 10000 ** (-torch.arange(n, device=x.device) / max(n, 1))
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)                     # (T, n)
+    a, b = x[..., :n], x[..., n:2 * n]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., 2 * n:]), -1)
+
+
+def append(buf, x, t):
+    """Write x (B, H, 1, dh) at row t of a cache that doubles when full; a new tensor when gradients are asked for."""
+    if torch.is_grad_enabled():
+        return torch.cat((buf[:, :, :t], x), 2)
+    if t >= buf.size(2):
+        buf = F.pad(buf, (0, 0, 0, max(t, 64)))
+    buf[:, :, t:t + 1] = x
+    return buf
+
+
+class Attention(nn.Module):
+    """Softmax attention through F.scaled_dot_product_attention, always; RoPE on q and k unless --pos says otherwise."""
+
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+        self.n_head, self.causal, self.dropout, self.rope = cfg.n_head, causal, cfg.dropout, cfg.pos == "rope"
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def heads(self, x):                                        # (B, T, C) -> (B, H, T, dh)
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+    def out(self, y):                                          # (B, H, T, dh) -> (B, T, C)
+        return self.c_proj(y.transpose(1, 2).flatten(-2))
+
+    def rotate(self, q, k, pos):
+        return (rope(q, pos), rope(k, pos)) if self.rope else (q, k)
+
+    def forward(self, x, mask=None, pos=None):
+        q, k, v = (self.heads(u) for u in self.c_attn(x).chunk(3, -1))
+        q, k = self.rotate(q, k, torch.arange(x.size(1), device=x.device) if pos is None else pos)
+        return self.out(sdpa(q, k, v, mask, self.causal, self.dropout if self.training else 0.0))
+
+    def init_state(self, batch_size, device=None, dtype=None):
+        empty = torch.zeros(batch_size, self.n_head, 0, self.c_proj.in_features // self.n_head, device=device, dtype=dtype)
+        return 0, empty, empty.clone()
+
+    def step(self, x_t, state, pos=None):
+        t, K, V = state
+        q, k, v = (self.heads(u) for u in self.c_attn(x_t)[:, None].chunk(3, -1))
+        q, k = self.rotate(q, k, torch.tensor([t if pos is None else pos], device=x_t.device))
+        K, V = append(K, k.to(K.dtype), t), append(V, v.to(V.dtype), t)
+        y = F.scaled_dot_product_attention(q.to(K.dtype), K[:, :, :t + 1], V[:, :, :t + 1])
+        return self.out(y.to(v.dtype))[:, 0], (t + 1, K, V)
+
+
+def sdpa(q, k, v, mask, causal, dropout=0.0):
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    mask = mask[:, None, None, :]                              # (B, 1, 1, S)
+    if causal:
+        mask = mask & torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    mask = mask | ~mask.any(-1, keepdim=True)                  # a row with nothing to read would be NaN; its output is padding
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+# -----------------------------------------------------------------------------
+# fourier: FNet
+
+
+class Fourier(nn.Module):
+    """FNet (arXiv 2105.03824): the real part of a 2-D FFT, no parameters. Encoder only.
+    Differs from the paper: each row is transformed at its own length, so padding cannot change the result."""
+
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+        check(not causal, "--mixer=fourier mixes the whole sequence and cannot be causal: use it with --arch=encoder")
+
+    def forward(self, x, mask=None):
+        if mask is None:
+            return torch.fft.fft2(x.float(), norm="ortho").real.to(x.dtype)
+        n, y = lengths(mask), torch.zeros_like(x)
+        x = x * mask[..., None]
+        for length in n.unique().tolist():
+            rows = (n == length).nonzero()[:, 0]
+            y[rows, :length] = torch.fft.fft2(x[rows, :length].float(), norm="ortho").real.to(x.dtype)
+        return y
+
+
+def lengths(mask):
+    """mask (B, T) -> (B,) index of the last real token + 1, at least 1."""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(-1).clamp(min=1)
+
+
+# -----------------------------------------------------------------------------
+# haar: the Learnable Multi-Scale Wavelet Transformer
+
+
+class Haar(nn.Module):
+    """LMWT (arXiv 2504.08801, section 3): per level, four vectors in R^C,
+         a_i = alpha * x_2i + beta * x_2i+1,   d_i = gamma * x_2i + delta * x_2i+1,   a recurses,
+       then all bands are brought back to T, weighted per level and channel, summed (or concatenated) and projected.
+    x (B,T,C) -> (B,T,C), T zero-padded level by level.
+
+    Differs from the paper:
+    - two weight vectors per level, one for either half of a block: plain tiling (--haar_tile) makes out_2i = out_2i+1,
+      a mixer of rank T/2;
+    - levels cover the whole block by default, since all layers share one dyadic grid and fewer levels would never let
+      information out of a 2^L block;
+    - a decoder that does not leak. The paper's block transform lets position t see the rest of its block ("literal").
+      atrous: a_l[t] = alpha * a_{l-1}[t - 2^(l-1)] + beta * a_{l-1}[t], undecimated, state 2^L - 1 vectors (and one spare
+      a level). partial: the literal module run on (x_0 .. x_t, 0, ...), in parallel for all t, state L vectors."""
+
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+        C, self.L = cfg.n_embd, cfg.n_levels
+        self.form = cfg.haar_causal if causal else "literal"
+        self.concat = cfg.haar_aggregate == "concat"
+        taps = torch.tensor([[1.0, 1.0], [1.0, -1.0]])[None, :, :, None].repeat(self.L, 1, 1, C) / math.sqrt(2)
+        if cfg.haar_learnable:                                 # (L, low/high, tap, C)
+            self.taps = nn.Parameter(taps + 0.02 * torch.randn_like(taps))
+        else:
+            self.register_buffer("taps", taps)
+        halves = 1 if cfg.haar_tile or self.form == "atrous" else 2
+        # random signs across channels: equal weights would start at rank T/2, the very thing two halves repair
+        self.weight = nn.Parameter(torch.randn(self.L + 1, halves, C) / math.sqrt(self.L + 1))
+        self.c_proj = nn.Linear(C * (self.L + 1 if self.concat else 1), C, bias=cfg.bias)
+
+    def forward(self, x, mask=None):
+        if mask is not None:
+            x = x * mask[..., None]
+        if self.form == "literal":
+            return self.c_proj(self.block(x))
+        bands = self.atrous(x, delayed) if self.form == "atrous" else self.partial(x)
+        return self.c_proj(self.aggregate(bands, torch.arange(x.size(1), device=x.device)))
+
+    def block(self, x):
+        """The decimated transform, bidirectional: down through the levels, then back up."""
+        T, a, bands = x.size(1), x, []
+        for low, high in self.taps:
+            a = F.pad(a, (0, 0, 0, a.size(1) % 2))
+            a, d = fir(a, low), fir(a, high)
+            bands.append(d)
+        if self.concat:
+            t = torch.arange(T, device=x.device)
+            tiled = [b.repeat_interleave(2 ** (l + 1), 1)[:, :T] for l, b in enumerate(bands)]
+            return self.aggregate(tiled + [a.repeat_interleave(2 ** self.L, 1)[:, :T]], t)
+        w = self.weight.expand(-1, 2, -1)
+        h = w[self.L]
+        for l in reversed(range(self.L)):                      # coarse to fine: each level adds its band to its parent's sum
+            a = synthesize(a, bands[l], h, w[l])[:, :bands[l - 1].size(1) if l else T]
+            h = torch.ones_like(h)
+        return a
+
+    def atrous(self, a, delay):
+        bands = []
+        for l, (low, high) in enumerate(self.taps):
+            past, now = delay(a, 2 ** l)
+            a = low[0] * past + low[1] * now
+            bands.append(high[0] * past + high[1] * now)
+        return bands + [a]
+
+    def partial(self, a):
+        T, bands = a.size(1), []
+        for l, (low, high) in enumerate(self.taps):
+            if T <= 2 ** l:                                    # everything lies in the left half of the first block
+                a, d = low[0] * a, high[0] * a
+            else:
+                a = F.pad(a, (0, 0, 0, -T % 2 ** (l + 1))).unflatten(1, (-1, 2, 2 ** l))
+                left, right = a.unbind(2)                      # (B, blocks, 2^l, C)
+                known = left[:, :, -1:]                        # the left half, complete
+                a, d = (torch.stack((w[0] * left, w[0] * known + w[1] * right), 2).flatten(1, 3)[:, :T] for w in (low, high))
+            bands.append(d)
+        return bands + [a]
+
+    def aggregate(self, bands, t):
+        """[d_1, ..., d_L, a_L] at tokens t -> weighted sum or concatenation."""
+        out = []
+        for l, b in enumerate(bands):
+            half = t // 2 ** min(l, self.L - 1) % self.weight.size(1)
+            out.append(self.weight[l][half] * b)
+        return torch.cat(out, -1) if self.concat else sum(out)
+
+    def init_state(self, batch_size, device=None, dtype=None):
+        if self.form == "atrous":
+            return 0, Ring.zeros(batch_size, self.L, self.taps.size(-1), device=device, dtype=dtype)
+        return 0, torch.zeros(batch_size, self.L, self.taps.size(-1), device=device, dtype=dtype)
+
+    def step(self, x_t, state):
+        t, past = state
+        if self.form == "atrous":
+            bands = self.atrous(x_t, Ring(past, t))
+        else:                                                  # literal on a zero-padded prefix is partial, so they share the step
+            a, bands, left = x_t, [], past.unbind(1)
+            known = []
+            for l, (low, high) in enumerate(self.taps):
+                if t >> l & 1:
+                    known.append(left[l])
+                    a, d = low[0] * left[l] + low[1] * a, high[0] * left[l] + high[1] * a
+                else:
+                    known.append(a.to(past.dtype))
+                    a, d = low[0] * a, high[0] * a
+                bands.append(d)
+            bands, past = bands + [a], torch.stack(known, 1)
+        return self.c_proj(self.aggregate(bands, torch.tensor(t, device=x_t.device))), (t + 1, past)
+
+
+# -----------------------------------------------------------------------------
+# wavspa: attention in wavelet space
+
+
+class Wavspa(nn.Module):
+    """WavSpA (arXiv 2210.01989, eq. 3): y = IDWT(attend(DWT(x))), a periodised transform, every band attended.
+    --wavelet_params: fixed Daubechies taps · ada: free taps per channel (inverse only while they stay orthonormal) ·
+    ortho: rotation lattice, exact for any angles · lift: predict and update steps, exact for any.
+
+    Differs from the paper:
+    - the inverse is exact (the released lattice flips channels instead of taps: off by 0.79 RMS at its start);
+    - rows of a batch wrap at their own ends and padding coefficients are masked;
+    - one attention shared by all bands, told apart by a band embedding (--wavspa_shared=False: one each, as theirs);
+    - a causal form, where theirs raises NotImplementedError. sorted: a coefficient becomes known at the last token it
+      covers; sort all of them by that time, run any causal attention over that sequence, and let t read the last
+      completed one of each level. atrous: the undecimated bands, each attended causally, added up."""
+
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+        C, self.L, self.kind = cfg.n_embd, cfg.n_levels, cfg.wavelet_params
+        self.form = cfg.wavspa_causal if causal else "bands"
+        n = 1 if cfg.wavelet == "haar" else int(cfg.wavelet[2:])
+        h = daubechies(n).float()
+        if self.kind == "fixed":
+            self.register_buffer("taps", h)
+        elif self.kind == "ada":
+            self.taps = nn.Parameter(h[:, None].repeat(1, C))
+        elif self.kind == "ortho":
+            self.angles = nn.Parameter(lattice_angles(n).float()[:, None].repeat(1, C))
+        else:                                                  # Haar, or LeGall's 5/3 for any longer wavelet
+            lift = [[1, 0], [0, 0.5]] if cfg.wavelet == "haar" else [[0.5, 0.5], [0.25, 0.25]]
+            self.lift = nn.Parameter(torch.tensor(lift)[..., None].repeat(1, 1, C))
+        self.inner = nn.ModuleList(MIXERS[cfg.inner](cfg, causal) for _ in range(1 if cfg.wavspa_shared else self.L + 1))
+        self.band = nn.Parameter(0.02 * torch.randn(self.L + 1, C))  # order d_1 ... d_L, a_L
+
+    def filters(self):
+        """(h, g), (F,) or (F, C): the pair as plain taps."""
+        if self.kind == "lift":
+            return lift_taps(self.lift)
+        h = lattice(self.angles) if self.kind == "ortho" else self.taps
+        return h, qmf(h)
+
+    def forward(self, x, mask=None):
+        if mask is not None:
+            x = x * mask[..., None]
+        return {"bands": self.bands, "sorted": self.sorted, "atrous": self.atrous}[self.form](x, mask)
+
+    def bands(self, x, mask):
+        n = x.size(1) if mask is None else lengths(mask)
+        if self.kind == "lift":
+            split, merge = (lambda x, n: lift_split(x, self.lift, n)), (lambda a, d, n: lift_merge(a, d, self.lift, n))
+        else:
+            h, g = self.filters()
+            split, merge = (lambda x, n: analyze(x, h, g, n)), (lambda a, d, n: synthesize(a, d, h, g, n))
+        coeffs, out, count = _dwt(x, self.L, n, split)[::-1], [], n          # d_1, ..., d_L, a_L
+        for i, c in enumerate(coeffs):
+            l = min(i + 1, self.L)
+            count = _half(count) if i < self.L else count
+            k = torch.arange(c.size(1), device=x.device)
+            real = None if mask is None else k < count[:, None]
+            out.append(self.inner[i % len(self.inner)](c + self.band[i], real, pos=(k + 0.5) * 2 ** l - 0.5))
+        return _idwt(out[::-1], n, merge)[:, :x.size(1)]
+
+    def sorted(self, x, mask):
+        T, (h, g) = x.size(1), self.filters()
+        coeffs, times = [], []
+        for l in range(1, self.L + 1):
+            x = F.pad(x, (0, 0, len(h) - 2, 0))                # reach into the past, so that any filter completes at its block's end
+            x, d = fir(x, h), fir(x, g)
+            coeffs.append(d)
+            times.append((torch.arange(d.size(1), device=x.device) + 1) * 2 ** l - 1)
+        coeffs, times = coeffs + [x], times + [times[-1]]
+        coeffs = [c + e for c, e in zip(coeffs, self.band)]
+        if len(self.inner) > 1:
+            coeffs = [f(c, pos=t) if len(t) else c for f, c, t in zip(self.inner, coeffs, times)]
+        elif T > 1:                                            # ties go fine to coarse: the sort is stable
+            when, order = torch.cat(times).sort(stable=True)
+            y = self.inner[0](torch.cat(coeffs, 1)[:, order], pos=when)
+            coeffs = y[:, order.argsort()].split([c.size(1) for c in coeffs], 1)
+        t, y = torch.arange(T, device=x.device), 0
+        for i, c in enumerate(coeffs):                         # row 0 = nothing completed yet
+            y = y + F.pad(c, (0, 0, 1, 0))[:, (t + 1) // 2 ** min(i + 1, self.L)]
+        return y
+
+    def atrous(self, x, mask):
+        bands = self.undecimated(x, delayed)
+        return sum(self.inner[i % len(self.inner)](b + self.band[i], mask) for i, b in enumerate(bands))
+
+    def undecimated(self, a, delay):
+        h = self.filters()[0] / math.sqrt(2)
+        bands = []
+        for l in range(self.L):
+            low = sum(w * u for w, u in zip(h, delay(a, 2 ** l, len(h))))
+            bands.append(a - low)
+            a = low
+        return bands + [a]
+
+    def init_state(self, batch_size, device=None, dtype=None):
+        C, taps, kw = self.band.size(1), len(self.filters()[0]), dict(device=device, dtype=dtype)
+        inner = [f.init_state(batch_size, **kw) for f in self.inner]
+        if self.form == "atrous":
+            inner = [self.inner[i % len(self.inner)].init_state(batch_size, **kw) for i in range(self.L + 1)]
+            return 0, Ring.zeros(batch_size, self.L, C, taps, **kw), inner, None
+        return 0, torch.zeros(batch_size, self.L, taps, C, **kw), inner, torch.zeros(batch_size, self.L + 1, C, **kw)
+
+    def step(self, x_t, state):
+        t, past, inner, last = state
+        inner = list(inner)
+        if self.form == "atrous":
+            y = 0
+            for i, b in enumerate(self.undecimated(x_t, Ring(past, t))):
+                y_i, inner[i] = self.inner[i % len(self.inner)].step(b + self.band[i], inner[i])
+                y = y + y_i
+            return y, (t + 1, past, inner, None)
+        (h, g), a, past, last = self.filters(), x_t, list(past.unbind(1)), list(last.unbind(1))
+        done = []                                              # the coefficients that token t completes, fine to coarse
+        for l in range(self.L):
+            past[l] = torch.cat((past[l][:, 1:], a[:, None].to(past[l].dtype)), 1)
+            if (t + 1) % 2 ** (l + 1):
+                break
+            d = (past[l] * (g if g.dim() > 1 else g[:, None])).sum(1)
+            a = (past[l] * (h if h.dim() > 1 else h[:, None])).sum(1)
+            done += [(l, d)] + ([(l + 1, a)] if l + 1 == self.L else [])
+        for i, c in done:
+            j = i % len(self.inner)
+            last[i], inner[j] = self.inner[j].step(c + self.band[i], inner[j], pos=t)
+        return sum(last), (t + 1, torch.stack(past, 1), inner, torch.stack(last, 1))
+
+
+# -----------------------------------------------------------------------------
+# wersa: linear attention over wavelet-filtered queries and keys
+
+
+def block_means(x, levels):
+    """x (B, T, ...) -> [mean of the 2^l-block that t lies in, l = 1..levels], each (B, T, ...); zeros beyond T."""
+    T, a, out = x.size(1), x.flatten(2), []
+    for l in range(1, levels + 1):
+        a = fir(F.pad(a, (0, 0, 0, a.size(1) % 2)), a.new_full((2,), 0.5))
+        out.append(a.repeat_interleave(2 ** l, 1)[:, :T].view_as(x))
+    return out
+
+
+def trailing_means(x, levels, delay=delayed):
+    """x (B, T, C) or (B, C) in a step -> [mean of the last 2^l tokens, l = 1..levels]: block_means for a decoder."""
+    out = []
+    for l in range(levels):
+        past, now = delay(x, 2 ** l)
+        x = (past + now) * 0.5
+        out.append(x)
+    return out
+
+
+def linear_attention(q, k, v, causal, chunk=64, eps=1e-6):
+    """out_t = sum_s (q_t . k_s) v_s / (sum_s q_t . k_s + eps), s <= t if causal. q, k (B,H,T,m) features >= 0, float32,
+    v (B,H,T,dh). A column of ones appended to v carries the denominator. Causal: prefix sums over chunks."""
+    v = torch.cat((v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)), -1)
+    T = q.size(2)
+    if causal:
+        c = min(chunk, T)
+        q, k, v = (F.pad(u, (0, 0, 0, -T % c)).unflatten(2, (-1, c)) for u in (q, k, v))   # (B, H, T/c, c, .)
+        S = (k.mT @ v).cumsum(2)
+        S = F.pad(S, (0, 0, 0, 0, 1, 0))[:, :, :-1]            # exclusive; (sum - own) would leak the own chunk's rounding
+        y = ((q @ k.mT).tril() @ v + q @ S).flatten(2, 3)[:, :, :T]
+    else:
+        y = q @ (k.mT @ v)
+    return y[..., :-1] / (y[..., -1:] + eps)
+
+
+class Wersa(Attention):
+    """WERSA (arXiv 2507.08637): Haar DWT of Q and K along T, band l scaled by a gain, inverse DWT, then
+         out = phi(Q) (phi(K)^T V) / (phi(Q) . sum phi(K) + eps),   phi(x) = ReLU(x R / beta) / sqrt(m).
+       gains (L+1 per head) = MLP(mean query) * scale, sigmoid inside. Linear in T.
+
+    One gain per band makes DWT-scale-IDWT a sum of block means: Q' = g_1 Q + sum_l (g_{l+1} - g_l) mean_{2^l}(Q).
+    Differs from the paper and its one public port:
+    - Q and K share one frozen R (with two, the content signal is gone);
+    - a causal form: trailing means for block means, the running mean query for the mean query, prefix sums;
+    - masks, any length, T never padded to a power of two;
+    - ReLU features are homogeneous, so beta and any overall gain cancel: they approach the arc-cosine kernel of order 1,
+      not softmax's. --feature_map=exp (positive features of exp(q.k), arXiv 2009.14794) has a live bandwidth."""
+
+    def __init__(self, cfg, causal=False):
+        super().__init__(cfg, causal)
+        dh = cfg.n_embd // cfg.n_head
+        m, self.L, self.beta, self.map = cfg.n_features or 4 * dh, cfg.wersa_levels, cfg.beta, cfg.feature_map
+        self.register_buffer("R", random_features(dh, m, cfg.orthogonal_features))
+        if self.L:
+            self.scale = nn.Parameter(torch.ones(cfg.n_head, self.L + 1))
+            self.filter = nn.Sequential(nn.Linear(cfg.n_embd, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+                                        nn.Linear(64, cfg.n_head * (self.L + 1)), nn.Sigmoid()) if cfg.wersa_adaptive else None
+
+    def gains(self, q):
+        """mean queries (..., C) -> (..., 1, H, 1, L+1), to scale (..., 2, H, dh)."""
+        g = self.scale if self.filter is None else self.scale * self.filter(q).unflatten(-1, (self.n_head, -1))
+        return g[..., None, :, None, :]
+
+    def wavelet(self, qk, means, g):
+        """qk and its means (..., 2, H, dh), gains g: what DWT, scaling each band, and IDWT come to."""
+        out = g[..., 0] * qk
+        for l, mean in enumerate(means):
+            out = out + (g[..., l + 1] - g[..., l]) * mean.view_as(qk)
+        return out
+
+    def features(self, x, query=False):
+        """(..., dh) -> (..., m), float32 and >= 0."""
+        x, R = x.float() / self.beta, self.R.float()
+        if self.map == "relu":
+            return F.relu(x @ R) / math.sqrt(R.size(1))
+        x = x / x.size(-1) ** 0.25
+        u = x @ R - x.square().sum(-1, keepdim=True) / 2       # never above |R|^2 / 2, so keys need no running maximum
+        if query:
+            u = u - u.amax(-1, keepdim=True).detach()          # cancels between numerator and denominator
+        return u.exp() / math.sqrt(R.size(1))
+
+    def forward(self, x, mask=None, pos=None):
+        qk, v = self.c_attn(x).split([2 * x.size(-1), x.size(-1)], -1)
+        if mask is not None:
+            qk = qk * mask[..., None]
+        if self.L:
+            q, n = qk.chunk(2, -1)[0].float(), torch.ones_like(x[..., :1], dtype=torch.float32) if mask is None else mask[..., None].float()
+            if self.causal:
+                mean, means = q.cumsum(1) / n.cumsum(1).clamp(min=1), trailing_means(qk, self.L)
+            else:
+                mean, means = q.sum(1, keepdim=True) / n.sum(1, keepdim=True).clamp(min=1), block_means(qk, self.L)
+            qk = self.wavelet(self.split(qk), means, self.gains(mean.to(x.dtype)))
+        q, k = (u.transpose(1, 2) for u in self.split(qk).unbind(2))                       # (B, H, T, dh)
+        q, k = self.rotate(q, k, torch.arange(x.size(1), device=x.device) if pos is None else pos)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k = self.features(q, query=True), self.features(k)
+            if mask is not None:
+                k = k * mask[:, None, :, None]
+            y = linear_attention(q, k, self.heads(v), self.causal)
+        return self.out(y.to(v.dtype))
+
+    def split(self, qk):                                       # (..., 2C) -> (..., 2, H, dh)
+        return qk if qk.size(-1) == self.R.size(0) and qk.dim() > 4 else qk.unflatten(-1, (2, self.n_head, -1))
+
+    def init_state(self, batch_size, device=None, dtype=None):
+        H, (dh, m) = self.n_head, self.R.shape
+        S = torch.zeros(batch_size, H, m, dh + 1, device=device)                           # float32: it sums over all of T
+        past = Ring.zeros(batch_size, self.L, 2 * H * dh, device=device, dtype=dtype)
+        return 0, S, torch.zeros(batch_size, H * dh, device=device), past
+
+    def step(self, x_t, state, pos=None):
+        t, S, total, past = state
+        qk, v = self.c_attn(x_t).split([2 * x_t.size(-1), x_t.size(-1)], -1)
+        total = total + qk.chunk(2, -1)[0].float()
+        if self.L:
+            means = trailing_means(qk, self.L, Ring(past, t))
+            qk = self.wavelet(qk.unflatten(-1, (2, self.n_head, -1)), means, self.gains((total / (t + 1)).to(x_t.dtype)))
+        else:
+            qk = qk.unflatten(-1, (2, self.n_head, -1))
+        q, k = (u[:, :, None] for u in qk.unbind(1))                                       # (B, H, 1, dh)
+        q, k = self.rotate(q, k, torch.tensor([t if pos is None else pos], device=x_t.device))
+        v = self.heads(v[:, None])
+        with torch.autocast(x_t.device.type, enabled=False):
+            S = S + self.features(k).mT @ F.pad(v.float(), (0, 1), value=1.0)
+            y = self.features(q, query=True) @ S
+        y = y[..., :-1] / (y[..., -1:] + 1e-6)
+        return self.out(y.to(v.dtype))[:, 0], (t + 1, S, total, past)
+
+
+def random_features(dh, m, orthogonal=False):
+    """R (dh, m), columns N(0, I); orthogonal: blocks of dh orthogonal columns with the same length distribution."""
+    R = torch.randn(dh, m)
+    if orthogonal:
+        blocks = [torch.linalg.qr(torch.randn(dh, dh))[0] for _ in range(-(-m // dh))]
+        R = torch.cat(blocks, 1)[:, :m] * R.norm(dim=0)
+    return R
+
+
+MIXERS = {"attention": Attention, "haar": Haar, "wavspa": Wavspa, "wersa": Wersa, "fourier": Fourier}
+
+
+def build_mixer(cfg, causal=False):
+    """The token mixer that cfg names, x (B,T,C) -> (B,T,C)."""
+    return MIXERS[cfg.mixer](cfg, causal)
+
+
+# -----------------------------------------------------------------------------
+# cross: how a decoder reads the source. init_state digests the source once, read serves any targets
+
+
+class CrossAttention(Attention):
+    """Softmax attention from x (B,T,C) to memory (B,S,C); no positions, the encoder has put them into memory."""
+
+    def forward(self, x, memory, mask=None):
+        return self.read(x, self.init_state(memory, mask), 0)
+
+    def step(self, x_t, state, t=0):
+        return self.read(x_t[:, None], state, t)[:, 0]
+
+    def queries(self, x):
+        C = x.size(-1)
+        return self.heads(F.linear(x, self.c_attn.weight[:C], None if self.c_attn.bias is None else self.c_attn.bias[:C]))
+
+    def keys_values(self, memory):
+        C = memory.size(-1)
+        return F.linear(memory, self.c_attn.weight[C:], None if self.c_attn.bias is None else self.c_attn.bias[C:]).chunk(2, -1)
+
+    def init_state(self, memory, mask=None):
+        k, v = self.keys_values(memory)
+        return self.heads(k), self.heads(v), mask
+
+    def read(self, x, state, t):
+        k, v, mask = state
+        return self.out(sdpa(self.queries(x), k, v, mask, False, self.dropout if self.training else 0.0))
+
+
+class CrossWersa(CrossAttention):
+    """phi(Q) (phi(K)^T V) over the source: T and S never meet, the source is reduced once to m x dh per head.
+    No wavelet stage here: block means of K would blur exactly what a reader has to tell apart."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        dh = cfg.n_embd // cfg.n_head
+        self.beta, self.map = cfg.beta, cfg.feature_map
+        self.register_buffer("R", random_features(dh, cfg.n_features or 4 * dh, cfg.orthogonal_features))
+
+    features = Wersa.features
+
+    def init_state(self, memory, mask=None):
+        k, v = (self.heads(u) for u in self.keys_values(memory))
+        with torch.autocast(memory.device.type, enabled=False):
+            k = self.features(k)
+            if mask is not None:
+                k = k * mask[:, None, :, None]
+            return (k.mT @ F.pad(v.float(), (0, 1), value=1.0),)                           # (B, H, m, dh + 1)
+
+    def read(self, x, state, t):
+        q = self.queries(x)
+        with torch.autocast(x.device.type, enabled=False):
+            y = self.features(q, query=True) @ state[0]
+        return self.out((y[..., :-1] / (y[..., -1:] + 1e-6)).to(q.dtype))
+
+
+class Aligned(CrossAttention):
+    """Reading without attention over the source, LMWT's setting: target t looks at source place p = floor(ratio * t) only,
+    through a window of tokens around p and, per level, the Haar approximations (block means) of the two blocks on either
+    side of p's. The decoder's own state weighs these few candidates by place; with --aligned_content also by q.k.
+    O(T log S), no T x S product. (ByteNet, arXiv 1610.10099, read its source by place, too.)"""
+
+    window, blocks = 4, 2
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.L, self.ratio, self.content = cfg.n_levels, cfg.cross_ratio, cfg.aligned_content
+        self.n = 2 * self.window + 1 + self.L * (2 * self.blocks + 1)
+        self.place = nn.Linear(cfg.n_embd, cfg.n_head * self.n, bias=cfg.bias)
+        if not self.content:                                   # no queries and keys, then
+            self.c_attn = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def init_state(self, memory, mask=None):
+        """-> one table of all levels (B, N, C or 2C), which rows hold anything (B, N), where a level starts, lengths (B,)."""
+        B, S, _ = memory.shape
+        mask = torch.ones(B, S, dtype=torch.bool, device=memory.device) if mask is None else mask
+        kv = torch.cat(self.keys_values(memory), -1) if self.content else self.c_attn(memory)
+        total, count = kv * mask[..., None], mask[..., None].to(kv.dtype)
+        tables, counts, half = [total], [count], kv.new_ones(2)
+        for _ in range(self.L):
+            total, count = (fir(F.pad(u, (0, 0, 0, u.size(1) % 2)), half) for u in (total, count))
+            tables.append(total / count.clamp(min=1))
+            counts.append(count)
+        return torch.cat(tables, 1), torch.cat(counts, 1)[..., 0] > 0, [u.size(1) for u in tables], lengths(mask)
+
+    def read(self, x, state, t):
+        table, real, sizes, n = state
+        B, T, C = x.shape
+        p = ((torch.arange(t, t + T, device=x.device) * self.ratio).long() + torch.zeros_like(n)[:, None]).minimum(n[:, None] - 1)
+        index, valid, start = [], [], 0
+        for l, size in enumerate(sizes):
+            w = self.blocks if l else self.window
+            j = (p >> l)[..., None] + torch.arange(-w, w + 1, device=x.device)             # (B, T, 2w + 1)
+            valid.append((j >= 0) & (j < size))
+            index.append(j.clamp(0, size - 1) + start)
+            start += size
+        index, valid = torch.cat(index, -1).flatten(1), torch.cat(valid, -1)               # (B, T n), (B, T, n)
+        valid = valid & real.gather(1, index).view_as(valid)
+        rows = table.gather(1, index[..., None].expand(-1, -1, table.size(-1))).unflatten(1, (T, self.n))
+        logits = self.place(x).unflatten(-1, (self.n_head, self.n))                        # (B, T, H, n)
+        if self.content:
+            k, v = rows.unflatten(-1, (2, self.n_head, -1)).unbind(3)                      # (B, T, n, H, dh)
+            q = self.queries(x).transpose(1, 2)                                            # (B, T, H, dh)
+            logits = logits + torch.einsum("bthd,btnhd->bthn", q, k) / math.sqrt(q.size(-1))
+        else:
+            v = rows.unflatten(-1, (self.n_head, -1))
+        logits = logits.float().masked_fill(~valid[:, :, None], -1e9)
+        y = torch.einsum("bthn,btnhd->bthd", logits.softmax(-1).to(v.dtype), v)
+        return self.c_proj(y.flatten(-2))
+
+
+CROSSES = {"attention": CrossAttention, "wersa": CrossWersa, "aligned": Aligned}
+
+
+def build_cross(cfg):
+    """How the decoder reads memory (B,S,C): y = cross(x, memory, mask). auto: the mixer's own kind, linear where it is."""
+    auto = {"attention": "attention", "haar": "aligned"}.get(cfg.mixer, "wersa")
+    return CROSSES[auto if cfg.cross == "auto" else cfg.cross](cfg)
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, in float32 under autocast."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(cfg.n_embd))
+        self.bias = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm: mix tokens, read the source if there is one, then the MLP."""
+
+    def __init__(self, cfg, causal=False, cross=False):
+        super().__init__()
+        self.ln_1, self.mixer = LayerNorm(cfg), build_mixer(cfg, causal)
+        if cross:
+            self.ln_x, self.cross = LayerNorm(cfg), build_cross(cfg)
+        self.ln_2, self.mlp = LayerNorm(cfg), MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, mask=None, memory=None, memory_mask=None):
+        x = x + self.drop(self.mixer(self.ln_1(x), mask))
+        if memory is not None:
+            x = x + self.drop(self.cross(self.ln_x(x), memory, memory_mask))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+    def step(self, x, state, source, t):
+        y, state = self.mixer.step(self.ln_1(x), state)
+        x = x + y
+        if source is not None:
+            x = x + self.cross.step(self.ln_x(x), source, t)
+        return x + self.mlp(self.ln_2(x)), state
+
+
+class WaveletTransformer(nn.Module):
+    """encdec: src (B,S), idx (B,T) -> logits (B,T,V) · decoder: idx -> logits · encoder: idx -> (B,n_classes).
+    Token embeddings are tied to the output, and shared by both sides of encdec."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        cfg.__post_init__()                                    # fields may have been set since
+        self.config = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size + 1, cfg.n_embd) if cfg.pos == "learned" else None
+        self.drop = nn.Dropout(cfg.dropout)
+        if cfg.arch != "decoder":
+            self.encoder = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+            self.ln_e = LayerNorm(cfg)
+        if cfg.arch != "encoder":
+            self.decoder = nn.ModuleList(Block(cfg, causal=True, cross=cfg.arch == "encdec") for _ in range(cfg.n_layer))
+            self.ln_f = LayerNorm(cfg)
+            self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+            self.lm_head.weight = self.wte.weight
+        else:
+            self.cls = nn.Parameter(0.02 * torch.randn(cfg.n_embd)) if cfg.pool == "cls" else None
+            self.head = nn.Linear(cfg.n_embd, cfg.n_classes)
+        for name, p in self.named_modules():                   # taps, angles and level weights keep their own init
+            if isinstance(p, (nn.Linear, nn.Embedding)):
+                std = 0.02 / math.sqrt(2 * cfg.n_layer) if name.endswith("c_proj") else 0.02
+                nn.init.normal_(p.weight, 0.0, std)
+                if getattr(p, "bias", None) is not None:
+                    nn.init.zeros_(p.bias)
+
+    def num_params(self, part=None):
+        """Parameters in all, or of the modules whose name holds part ("mixer", "cross", "mlp", "wte")."""
+        return sum(p.numel() for n, p in self.named_parameters() if part is None or part in n.split("."))
+
+    def flops_per_token(self, T):
+        """FLOPs of one forward and backward pass per token, at T tokens a row: 6 per weight, and what the mixers add."""
+        cfg = self.config
+        weights = self.num_params() - self.num_params("wpe") - (self.num_params("wte") if cfg.arch == "encoder" else 0)
+        if cfg.arch == "encdec":                               # a token passes either half, not both
+            weights = (weights + self.num_params("wte")) // 2
+        m = cfg.n_features or 4 * cfg.n_embd // cfg.n_head
+        mix = {"attention": 12 * T, "wersa": 24 * m, "haar": 18 * cfg.n_levels, "wavspa": 4 * T + 24 * cfg.n_levels, "fourier": 15 * math.log2(T * cfg.n_embd)}
+        return 6 * weights + cfg.n_layer * cfg.n_embd * mix[cfg.mixer]
+
+    def embed(self, idx, start=0):
+        x = self.wte(idx)
+        if self.wpe is not None:
+            end = start + idx.size(1)
+            check(end <= self.config.block_size, f"{end} tokens do not fit --block_size={self.config.block_size} with --pos=learned; cut them, or train with --pos=rope")
+            x = x + self.wpe(torch.arange(start, end, device=idx.device))
+        return self.drop(x)
+
+    def encode(self, src):
+        """src (B,S) ids -> memory (B,S,C), mask (B,S). Padding may only follow a sequence."""
+        mask, x = src != self.config.pad_id, self.embed(src)
+        if self.config.arch == "encoder" and self.cls is not None:
+            x, mask = torch.cat((self.cls.expand(x.size(0), 1, -1), x), 1), F.pad(mask, (1, 0), value=True)
+        for block in self.encoder:
+            x = block(x, mask)
+        return self.ln_e(x), mask
+
+    def forward(self, idx, targets=None, src=None):
+        """-> logits, loss. Targets equal to pad_id or -1 are not counted; loss is the mean over the others, or None."""
+        cfg = self.config
+        if cfg.arch == "encoder":
+            x, mask = self.encode(idx)
+            if cfg.pool == "mean":
+                x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+            elif cfg.pool == "cls":
+                x = x[:, 0]
+            logits = self.head(x)
+        else:
+            check((src is not None) == (cfg.arch == "encdec"), "src= goes with --arch=encdec, and only with it")
+            memory, memory_mask = self.encode(src) if src is not None else (None, None)
+            x = self.embed(idx)
+            for block in self.decoder:                         # no mask: padding follows, and the past never sees it
+                x = block(x, None, memory, memory_mask)
+            logits = self.lm_head(self.ln_f(x))
+            targets = None if targets is None else targets.masked_fill(targets == cfg.pad_id, -1)
+        if targets is None:
+            return logits, None
+        smoothing = cfg.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1, label_smoothing=smoothing)
+        return logits, loss
+
+    def init_state(self, batch_size, src=None):
+        """The decoder's state before its first token; src (B,S) for encdec, digested here once."""
+        kw = dict(device=self.wte.weight.device, dtype=self.wte.weight.dtype)
+        sources = [None] * len(self.decoder)
+        if src is not None:
+            memory, mask = self.encode(src)
+            sources = [block.cross.init_state(memory, mask) for block in self.decoder]
+        return dict(t=0, mixers=[block.mixer.init_state(batch_size, **kw) for block in self.decoder], sources=sources)
+
+    def step(self, ids, state):
+        """ids (B,) the token at position t -> logits (B,V) for t+1, state. Caches are written in place: copy to branch."""
+        t = state["t"]
+        x, mixers = self.embed(ids[:, None], t)[:, 0], []
+        for block, mix, source in zip(self.decoder, state["mixers"], state["sources"]):
+            x, mix = block.step(x, mix, source, t)
+            mixers.append(mix)
+        return self.lm_head(self.ln_f(x)), dict(t=t + 1, mixers=mixers, sources=state["sources"])
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, src=None, temperature=1.0, top_k=None, eos_id=None):
+        """Continue idx (B,T) by max_new_tokens -> (B, T+n), one step a token; temperature 0 = argmax. With eos_id, a row
+        that has ended goes on as pad_id, and all stop when the last one ends."""
+        check(idx.size(1) >= 1, "generate needs at least one token to start from")
+        check(temperature >= 0, f"--temperature={temperature} must be at least 0")
+        check(top_k is None or top_k >= 1, f"--top_k={top_k} must be at least 1")
+        training, _ = self.training, self.eval()
+        state, ended = self.init_state(idx.size(0), src), torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        for i in range(idx.size(1) + max_new_tokens - 1):
+            logits, state = self.step(idx[:, i], state)
+            if i + 1 < idx.size(1):
+                continue                                       # still in the prompt
+            if temperature == 0:
+                new = logits.argmax(-1)
+            else:
+                logits = logits.float() / temperature
+                if top_k is not None:
+                    logits[logits < logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]] = -math.inf
+                new = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+            if eos_id is not None:
+                new = new.masked_fill(ended, self.config.pad_id)
+                ended = ended | (new == eos_id)
+            idx = torch.cat((idx, new[:, None]), 1)
+            if eos_id is not None and ended.all():
+                break
+        self.train(training)
+        return idx
+
+    @torch.no_grad()
+    def beam_search(self, src, bos_id, eos_id, max_new_tokens, beam=4, length_penalty=0.6):
+        """src (B,S) -> the best hypothesis of each row (B, <= max_new_tokens), without bos, padded after its eos.
+        Scores are log p / ((5 + length) / 6)^length_penalty (arXiv 1609.08144, eq. 14)."""
+        check(beam >= 1, f"--beam={beam} must be at least 1")
+        training, _ = self.training, self.eval()
+        B, pad, dev = src.size(0), self.config.pad_id, src.device
+        state = reorder(self.init_state(B, src), torch.arange(B, device=dev).repeat_interleave(beam))
+        ids = torch.full((B * beam, 1), bos_id, device=dev)
+        score = torch.tensor([0.0] + [-math.inf] * (beam - 1), device=dev).repeat(B)       # one live beam at the start
+        ended, length = torch.zeros(B * beam, dtype=torch.bool, device=dev), torch.zeros(B * beam, device=dev)
+        norm = lambda score, length: score / ((5 + length) / 6) ** length_penalty
+        for _ in range(max_new_tokens):
+            logits, state = self.step(ids[:, -1], state)
+            logp, V = logits.float().log_softmax(-1), logits.size(-1)
+            only_pad = torch.full((V,), -math.inf, device=dev)
+            only_pad[pad] = 0.0                                # an ended beam goes on at no cost
+            total = score[:, None] + torch.where(ended[:, None], only_pad, logp)           # (B beam, V)
+            grown = length + ~ended
+            best = norm(total, grown[:, None]).view(B, -1).topk(beam).indices              # (B, beam)
+            rows = (best // V + beam * torch.arange(B, device=dev)[:, None]).flatten()
+            new = (best % V).flatten()
+            score, length, ended = total[rows, new], grown[rows], ended[rows] | (new == eos_id)
+            ids, state = torch.cat((ids[rows], new[:, None]), 1), reorder(state, rows)
+            if ended.all():
+                break
+        best = norm(score, length).view(B, beam).argmax(-1) + beam * torch.arange(B, device=dev)
+        self.train(training)
+        return ids[best, 1:]
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW in two groups: weights of linear and embedding layers decay; norms, biases, wavelet taps, level weights do not."""
+        matrices = {id(m.weight) for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+        params = [p for p in self.parameters() if p.requires_grad]
+        decay, rest = [p for p in params if id(p) in matrices], [p for p in params if id(p) not in matrices]
+        assert len(decay) + len(rest) == len({id(p) for p in params}), "an optimiser group misses a parameter or holds one twice"
+        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+        fused = device_type in ("cuda", "cpu") and "fused" in inspect.signature(torch.optim.AdamW).parameters
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def reorder(state, rows):
+    """Pick rows (n,) of every tensor in a state: what a beam search does to its hypotheses."""
+    if torch.is_tensor(state):
+        return state.index_select(0, rows)
+    if isinstance(state, dict):
+        return {k: reorder(v, rows) for k, v in state.items()}
+    return type(state)(reorder(v, rows) for v in state) if isinstance(state, (list, tuple)) else state

@@ -1,0 +1,207 @@
+"""
+Use a trained checkpoint: an encoder-decoder translates, a decoder continues text, an encoder classifies.
+
+    python sample.py --start="four hundred and twenty-one"
+    python sample.py --out_dir=out-multi30k --input=test.en --output=test.de --beam=4
+    python sample.py --out_dir=out-text --start=FILE:prompt.txt --max_new_tokens=200 --temperature=0.8 --top_k=50
+    python sample.py --show=wavelets          # what the wavelet layers have learned, as a table and a PNG
+
+A checkpoint carries its tokenizer, so nothing else is needed; one that was trained on a GPU runs on a CPU.
+"""
+
+import os
+import pickle
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import ModelConfig, WaveletTransformer
+from prepare_data import BOS, EOS, PAD, Tokenizer
+import argparse, difflib
+class Parser(argparse.ArgumentParser):
+    """argparse with one line a mistake: the nearest known flag, no abbreviations; --flag, --flag=0 and --flag=False."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.to = self
+
+    def section(self, title):
+        self.to = self.add_argument_group(title)
+
+    def add(self, flag, type=str, help="", **kw):
+        if type is bool:
+            words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+            kw.update(nargs="?", const=True, metavar="BOOL")
+            type = lambda s: words[s.lower()] if s.lower() in words else self.error(f"{flag}={s} must be True or False")
+        shown = "" if kw.get("default") is None else f" [{kw['default']}]"
+        self.to.add_argument(flag, type=type, help=(help + shown).replace("%", "%%") or " ", **kw)
+
+    def parse_args(self, argv=None):
+        """Also leaves the flags that were really typed in self.given."""
+        unset = object()
+        args, extra = self.parse_known_args(argv, argparse.Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
+        if extra:
+            flag = extra[0].split("=")[0]
+            near = difflib.get_close_matches(flag, [o for a in self._actions for o in a.option_strings], n=1, cutoff=0.0)[0]
+            self.error(f"unknown argument {flag}: did you mean {near}? (--help lists all)")
+        self.given = {k: v for k, v in vars(args).items() if v is not unset}
+        return argparse.Namespace(**{k: self.get_default(k) if v is unset else v for k, v in vars(args).items()})
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+FORMAT = 1  # of ckpt.pt and best.pt
+
+
+def load_checkpoint(path, device="cpu"):
+    """A ckpt.pt or best.pt written by train.py -> dict of tensors and plain types. Nothing in the file is executed."""
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"{path} does not exist: train first (python train.py), or name the folder with --out_dir")
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+        raise SystemExit(f"{path} is damaged or not a checkpoint of train.py: restore it from a copy, or train again")
+    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+        raise SystemExit(f"{path} is not a checkpoint of this version of train.py (format {FORMAT}): train again")
+    return ckpt
+
+
+def load_model(path, device="cpu"):
+    """-> model in eval mode, tokenizer, the data set's meta."""
+    ckpt = load_checkpoint(path, device)
+    model = WaveletTransformer(ModelConfig(**ckpt["model_args"]))
+    model.load_state_dict(ckpt["model"])
+    return model.to(device).eval(), Tokenizer(ckpt["meta"]["tokenizer"]), ckpt["meta"]
+
+
+def collate(rows, head=(), tail=()):
+    """Lists of ids -> (B, T) int64, each row between head and tail, padded at its end to a multiple of 8."""
+    n = max(len(r) for r in rows) + len(head) + len(tail)
+    out = np.full((len(rows), n + -n % 8), PAD, dtype=np.int64)
+    for i, r in enumerate(rows):
+        out[i, :len(head) + len(r) + len(tail)] = [*head, *r, *tail]
+    return torch.from_numpy(out)
+
+
+def by_length(rows, batch_size):
+    """Indices of rows in batches of alike lengths, the longest first (so that too little memory shows at once)."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0.0, top_k=None, batch_size=128,
+              max_new_tokens=None, progress=False):
+    """One output string per text, in the order given, and how many texts were cut to --block_size. Empty in, empty out."""
+    device, block_size = model.wte.weight.device, model.config.block_size
+    rows = [tokenizer.encode(t.strip()) for t in texts]
+    cut = sum(len(r) > block_size - 1 for r in rows)
+    rows, out = [r[:block_size - 1] for r in rows], [""] * len(texts)
+    todo = [i for i, r in enumerate(rows) if r]
+    for batch in tqdm(by_length([rows[i] for i in todo], batch_size), disable=not progress, unit="batch"):
+        batch = [todo[i] for i in batch]
+        src, n = collate([rows[i] for i in batch], tail=[EOS]).to(device), max_new_tokens or block_size
+        if beam > 1:
+            ids = model.beam_search(src, BOS, EOS, n, beam, length_penalty)
+        else:
+            ids = model.generate(torch.full((len(batch), 1), BOS, device=device), n, src, temperature, top_k, EOS)[:, 1:]
+        for i, row in zip(batch, ids.tolist()):
+            out[i] = tokenizer.decode(row[:row.index(EOS)] if EOS in row else row)
+    return out, cut
+
+
+def main():
+    p = Parser(description=__doc__)
+    p.add("--out_dir", default="out", help="folder that train.py wrote")
+    p.add("--ckpt", default="best.pt", help="best.pt (lowest validation loss) or ckpt.pt (last)")
+    p.add("--start", default=None, help="text to translate, continue or classify; FILE:name reads it from a file")
+    p.add("--input", default=None, help="a file to translate or classify line by line")
+    p.add("--output", default=None, help="where --input's results go, one line each; default: standard output")
+    p.add("--beam", type=int, default=1, help="beams of a translation; 1 = greedy")
+    p.add("--length_penalty", type=float, default=0.6, help="exponent of the beams' length normalisation")
+    p.add("--temperature", type=float, default=None, help="0 = the likeliest token; default 0 to translate, 0.8 to continue")
+    p.add("--top_k", type=int, default=None, help="sample among the k likeliest tokens only")
+    p.add("--num_samples", type=int, default=1, help="how many continuations or translations of --start")
+    p.add("--max_new_tokens", type=int, default=None, help="default: the block size")
+    p.add("--batch_size", type=int, default=128, help="lines at a time")
+    p.add("--seed", type=int, default=1337)
+    p.add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    p.add("--show", default=None, choices=["wavelets"], help="print what the wavelet layers have learned, and draw it")
+    args = p.parse_args()
+    for name in ("beam", "num_samples", "batch_size", "top_k", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name}={getattr(args, name)} must be at least 1")
+    if args.temperature is not None and args.temperature < 0:
+        p.error(f"--temperature={args.temperature} must be at least 0")
+    if not args.start and args.input is None and not args.show:
+        p.error('say what to read: --start="some text", --start=FILE:name or --input=FILE')
+    torch.manual_seed(args.seed)
+    model, tokenizer, meta = load_model(os.path.join(args.out_dir, args.ckpt), args.device)
+    arch = model.config.arch
+    if args.show:
+        return show_wavelets(model, os.path.join(args.out_dir, "wavelets.png"))
+
+    if args.input is not None:
+        if arch == "decoder":
+            p.error("--input goes line by line, which a decoder's checkpoint cannot: use --start=FILE:name")
+        texts = read_text(args.input).split("\n")
+        texts = texts[:-1] if texts[-1] == "" else texts       # the last line's own line end
+    else:
+        texts = [read_text(args.start[5:]) if args.start.startswith("FILE:") else args.start] * args.num_samples
+
+    if arch == "encdec":
+        sampled = dict(temperature=args.temperature or 0.0, top_k=args.top_k, beam=args.beam, length_penalty=args.length_penalty)
+        if args.input is None:
+            texts = [" ".join(t.split()) for t in texts]
+        results, cut = translate(model, tokenizer, texts, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
+                                 progress=args.input is not None, **sampled)
+        if cut:
+            print(f"{cut} of {len(texts)} inputs were longer than {model.config.block_size - 1} tokens and were cut", file=sys.stderr)
+        write_lines(args.output, [" ".join(r.splitlines()) for r in results])
+    elif arch == "encoder":
+        names, results = meta.get("classes"), []
+        rows = [tokenizer.encode(t)[:model.config.block_size] or [EOS] for t in texts]
+        for i in range(0, len(rows), args.batch_size):
+            with torch.no_grad():
+                logits, _ = model(collate(rows[i:i + args.batch_size]).to(args.device))
+            for prob in logits.softmax(-1).tolist():
+                best = max(range(len(prob)), key=prob.__getitem__)
+                results.append(f"{names[best] if names else best}\t{prob[best]:.3f}")
+        write_lines(args.output, results)
+    else:
+        temperature = 0.8 if args.temperature is None else args.temperature
+        for text in texts:
+            ids = torch.tensor([[BOS] + tokenizer.encode(text)], device=args.device)
+            try:
+                out = model.generate(ids, args.max_new_tokens or model.config.block_size, None, temperature, args.top_k)
+            except ValueError as e:
+                raise SystemExit(e)
+            print(tokenizer.decode(out[0].tolist()))
+            print("---------------")
+
+
+def read_text(path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            return f.read().replace("\r\n", "\n")
+    except OSError as e:
+        raise SystemExit(f"{path} cannot be read: {e.strerror}")
+    except UnicodeDecodeError as e:
+        raise SystemExit(f"{path} is not UTF-8 (byte {e.start}): convert it first, for example with iconv")
+
+
+def write_lines(path, lines):
+    if path is None:
+        return print("\n".join(lines))
+    tmp = f"{path}.tmp"
+    try:
+        with open(tmp, "w", encoding="utf-8") as f:
+            f.writelines(line + "\n" for line in lines)
+        os.replace(tmp, path)
+    except OSError as e:
+        raise SystemExit(f"{path} cannot be written: {e.strerror}")
+
+
+if __name__ == "__main__":
+    main()

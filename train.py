@@ -1,0 +1,444 @@
+"""
+Train a wavelet encoder-decoder (or encoder, or decoder): one GPU, one CPU, or many under torchrun.
+
+    python train.py --mixer=wersa                                        # the default data set, minutes on a laptop
+    python train.py --dataset=multi30k --mixer=attention --out_dir=out-multi30k
+    python train.py --resume                                             # go on where out/ckpt.pt stopped
+    torchrun --standalone --nproc_per_node=4 train.py --mixer=haar       # 4 GPUs, or 4 CPU processes
+    torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py ...   # on each of 2 nodes
+
+A step is batch_size * gradient_accumulation_steps rows, however many processes share them: data order and dropout are
+functions of (seed, step), so a run may be killed, resumed, and resumed on another number of processes.
+"""
+
+import csv
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from model import CHOICES, ModelConfig, WaveletTransformer
+from prepare_data import BOS, EOS, Tokenizer, load_meta, prepare, read_ragged
+from sample import Parser, FORMAT, collate, load_checkpoint, translate
+
+PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
+    "laptop": dict(),  # the defaults below; chosen on a CPU
+    "gpu": dict(n_layer=4, n_head=8, n_embd=512, dropout=0.1, batch_size=256, learning_rate=6e-4, max_iters=20000, warmup_iters=1000, eval_interval=1000),
+    "lmwt-base": dict(mixer="haar", dataset="wmt16", n_layer=6, n_head=8, n_embd=512, dropout=0.1, batch_size=128, gradient_accumulation_steps=4,
+                      learning_rate=5e-4, max_iters=100000, warmup_iters=4000, eval_interval=2000),
+    "wersa-imdb": dict(mixer="wersa", arch="encoder", n_layer=2, n_head=4, n_embd=128, n_features=1024, dropout=0.1, block_size=1024, batch_size=32, max_iters=8000),
+    "wavspa-lra": dict(mixer="wavspa", arch="encoder", wavelet_params="ada", levels=2, n_layer=4, n_head=4, n_embd=128, dropout=0.1, batch_size=32, max_iters=10000),
+}
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}  # dense 16-bit FLOP/s
+
+# -----------------------------------------------------------------------------
+# flags
+
+p = Parser(description=__doc__)
+p.section("what to train")
+p.add("--preset", default=None, choices=list(PRESETS), help="default: gpu on a GPU, laptop elsewhere")
+p.add("--dataset", default="numbers", help="a folder under --data_dir; made on first use where that needs no --source")
+p.add("--data_dir", default="data", help="where prepare_data.py puts data sets")
+p.add("--out_dir", default="out", help="checkpoints, log.csv, config.json; an earlier run found there is moved aside")
+p.add("--resume", type=bool, default=False, help="go on from out_dir/ckpt.pt, with its settings")
+p.add("--leak", type=bool, default=False, help="allow a decoder with --haar_causal=literal, which reads its own labels")
+p.section("model (a data set sets arch, vocab_size, block_size, n_classes and cross_ratio)")
+comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(ModelConfig), re.M))
+for f in dataclasses.fields(ModelConfig):
+    p.add(f"--{f.name}", type=f.type, default=f.default, choices=CHOICES.get(f.name), help=comments.get(f.name, ""))
+p.section("optimisation")
+p.add("--batch_size", type=int, default=64, help="rows of one forward pass")
+p.add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step, shared by all processes")
+p.add("--max_iters", type=int, default=1500, help="optimiser steps in all")
+p.add("--learning_rate", type=float, default=2e-3)
+p.add("--min_lr", type=float, default=None, help="default: learning_rate / 20")
+p.add("--warmup_iters", type=int, default=100)
+p.add("--weight_decay", type=float, default=0.1)
+p.add("--beta1", type=float, default=0.9)
+p.add("--beta2", type=float, default=0.98)
+p.add("--grad_clip", type=float, default=1.0, help="0 = off")
+p.section("evaluation, log, machine")
+p.add("--eval_interval", type=int, default=250, help="steps between evaluations, each followed by a checkpoint")
+p.add("--eval_rows", type=int, default=1000, help="validation rows whose loss is taken")
+p.add("--metric_rows", type=int, default=200, help="validation rows that are decoded for exact match or BLEU")
+p.add("--beam", type=int, default=1, help="beams of the last test; 1 = greedy")
+p.add("--log_interval", type=int, default=10)
+p.add("--seed", type=int, default=1337)
+p.add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+p.add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: 16 bits on CUDA, 32 elsewhere")
+p.add("--compile", type=bool, default=None, help="torch.compile; default: on for CUDA, off elsewhere")
+args = p.parse_args()
+given = p.given  # the flags that were really typed
+
+# -----------------------------------------------------------------------------
+# processes, device, dtype
+
+world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+master = rank == 0
+
+
+def stop(sentence, code=1):
+    if master:
+        print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+def say(*a):
+    if master:
+        print(*a, flush=True)
+
+
+auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+device = auto if args.device == "auto" else args.device
+if device == "cuda" and world > 1:
+    device = f"cuda:{local_rank}"
+device_type = device.split(":")[0]
+if device_type != "cpu" and device_type != auto:
+    stop(f"--device={device} is not there: this machine has {auto}")
+if device_type == "cuda":
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+if world > 1:
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+
+out = args.out_dir
+ckpt_path, best_path, log_path = (os.path.join(out, name) for name in ("ckpt.pt", "best.pt", "log.csv"))
+ckpt = load_checkpoint(ckpt_path) if args.resume else None
+preset = given.get("preset") or (ckpt["config"]["preset"] if ckpt else "gpu" if device_type == "cuda" else "laptop")
+settings = {**vars(args), **PRESETS[preset], **(ckpt["config"] if ckpt else {}), **given, "preset": preset}
+
+# -----------------------------------------------------------------------------
+# data
+
+if not settings["dataset"].replace("-", "").replace("_", "").isalnum():
+    stop(f"--dataset={settings['dataset']} must be the plain name of a folder in --data_dir")
+folder = os.path.join(settings["data_dir"], settings["dataset"])
+if master and not os.path.exists(os.path.join(folder, "meta.json")):
+    prepare(settings["dataset"], settings["data_dir"])
+if world > 1:
+    dist.barrier()
+meta = load_meta(folder)
+from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes") if k in meta} | {"cross_ratio": meta.get("ratio", 1.0)}
+for k, v in from_data.items():
+    if k == "vocab_size" or (k not in given and k not in PRESETS[preset] and not ckpt):
+        settings[k] = v
+cfg = type(args)(**settings)
+try:
+    model_cfg = ModelConfig(**{f.name: settings[f.name] for f in dataclasses.fields(ModelConfig)})
+except ValueError as e:
+    stop(e, 2)
+if ckpt:
+    old, new = ckpt["model_args"], dataclasses.asdict(model_cfg)
+    changed = [f"{k}: {old.get(k)} in the checkpoint, {new[k]} now" for k in new if k not in ("dropout", "label_smoothing") and old.get(k) != new[k]]
+    if changed:
+        stop(f"--resume cannot change the model ({'; '.join(changed)}): leave these flags out, or start a new run with --out_dir")
+if cfg.arch != "encoder" and cfg.mixer == "haar" and cfg.haar_causal == "literal" and not cfg.leak:
+    stop("--haar_causal=literal leaks: each position sees the rest of its block, its own label included, so its loss means nothing; "
+         "use atrous or partial, or --leak to train it all the same")
+if cfg.arch != meta["arch"]:
+    stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is made for --arch={meta['arch']}")
+for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_rows", "metric_rows", "beam", "log_interval"):
+    if getattr(cfg, name) < 1:
+        stop(f"--{name}={getattr(cfg, name)} must be at least 1", 2)
+step_rows, T_max = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.block_size
+if step_rows % world:
+    stop(f"--batch_size={cfg.batch_size} * --gradient_accumulation_steps={cfg.gradient_accumulation_steps} rows cannot be shared by {world} processes")
+micro_steps = -(-step_rows // (world * cfg.batch_size))
+tokenizer = Tokenizer(meta["tokenizer"])
+ragged = cfg.arch == "encdec"
+
+
+class Rows:
+    """Sentence pairs of one split, their lengths, and an order that is a function of (seed, step)."""
+
+    def __init__(self, split):
+        self.src, self.tgt = (read_ragged(folder, f"{split}.{side}") for side in ("src", "tgt"))
+        self.n_src, self.n_tgt = (np.minimum(np.diff(idx), T_max - 1) + 1 for _, idx in (self.src, self.tgt))  # with eos, cut
+        self.epoch, self.plan = None, None
+
+    def __len__(self):
+        return len(self.n_src)
+
+    def at(self, step):
+        """The rows of a step: a shuffled epoch, cut in pools that are sorted by length, cut in batches, shuffled."""
+        if len(self) < step_rows:
+            stop(f"{cfg.dataset} has {len(self)} training rows, a step takes {step_rows}: lower --batch_size")
+        epoch, i = divmod(step, len(self) // step_rows)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([cfg.seed, epoch])
+            order = rng.permutation(len(self))[:len(self) // step_rows * step_rows]
+            pools = [pool[np.lexsort((self.n_src[pool], self.n_tgt[pool]))] for pool in np.split(order, range(50 * step_rows, len(order), 50 * step_rows))]
+            self.epoch, self.plan = epoch, rng.permutation(np.concatenate(pools).reshape(-1, step_rows))
+        return self.plan[i]
+
+    def batch(self, rows):
+        """-> (idx, targets, src), each padded at its end, and how many targets count."""
+        src, tgt = ([tokens[idx[r]:min(idx[r + 1], idx[r] + T_max - 1)] for r in rows] for tokens, idx in (self.src, self.tgt))
+        return (collate(tgt, head=[BOS]), collate(tgt, tail=[EOS]), collate(src, tail=[EOS])), int(self.n_tgt[rows].sum())
+
+    def weight(self, rows):
+        return int(self.n_tgt[rows].sum())
+
+
+class Stream:
+    """One long text: training windows anywhere, drawn by (seed, step); evaluation windows side by side."""
+
+    def __init__(self, split):
+        self.tokens = read_ragged(folder, split)[0]
+        self.starts = np.arange(0, len(self.tokens) - 1, T_max)
+        if len(self.tokens) <= T_max:
+            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --block_size={T_max}: lower it, or bring more text")
+
+    def __len__(self):
+        return len(self.starts)
+
+    def at(self, step):
+        return np.random.default_rng([cfg.seed, step]).integers(0, len(self.tokens) - T_max, step_rows)
+
+    def batch(self, starts):
+        rows = [self.tokens[s:s + T_max + 1] for s in starts]
+        return (collate([r[:-1] for r in rows]), collate([r[1:] for r in rows])), sum(len(r) - 1 for r in rows)
+
+    def weight(self, starts):
+        return sum(min(T_max, len(self.tokens) - 1 - s) for s in starts)
+
+
+splits = {s: (Rows if ragged else Stream)(s) for s in ("train", "val", "test")}
+train = splits["train"]
+
+
+def to_device(tensors):
+    if device_type == "cuda":
+        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return [t.to(device) for t in tensors]
+
+
+def micro_batches(step):
+    """This process's share of a step: [(tensors, share of the step's loss)], built on the host."""
+    rows = train.at(step)
+    total = train.weight(rows)
+    return [(to_device(t), n / total) for t, n in map(train.batch, np.array_split(rows[rank::world], micro_steps))]
+
+
+# -----------------------------------------------------------------------------
+# model and optimiser
+
+torch.manual_seed(cfg.seed)
+model = WaveletTransformer(model_cfg).to(device)
+optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device_type)
+dtype = cfg.dtype
+if dtype == "auto":
+    dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+iter_num, best_loss, seconds, evaluated = 0, math.inf, 0.0, False
+if ckpt:
+    model.load_state_dict(ckpt["model"])
+    optimizer.load_state_dict(ckpt["optimizer"])
+    scaler.load_state_dict(ckpt["scaler"])
+    iter_num, best_loss, seconds, evaluated = (ckpt[k] for k in ("iter_num", "best_loss", "seconds", "evaluated"))
+compiled = device_type == "cuda" if cfg.compile is None else cfg.compile
+net = torch.compile(model) if compiled else model
+net = DDP(net, device_ids=[local_rank] if device_type == "cuda" else None) if world > 1 else net
+
+n_params, n_mix, n_emb = model.num_params(), model.num_params("mixer") + model.num_params("cross"), model.num_params("wte") + model.num_params("wpe")
+tokens_per_step = step_rows * (int(np.mean(train.n_src) + np.mean(train.n_tgt)) if ragged else T_max)
+flops_per_token = model.flops_per_token(int(np.mean(train.n_tgt)) if ragged else T_max)
+peak = next((v for k, v in PEAK.items() if device_type == "cuda" and dtype != "float32" and k in torch.cuda.get_device_name()), None)
+say(f"device       {device}" + (f" ({torch.cuda.get_device_name()})" if device_type == "cuda" else f" ({torch.get_num_threads()} threads)") + f", {world} process{'es' * (world > 1)}")
+say(f"dtype        {dtype}" + (" (autocast)" if dtype != "float32" else "") + f", compile {'on' if compiled else 'off'} ({'as asked' if cfg.compile is not None else 'default for ' + device_type})")
+say(f"data         {cfg.dataset}: " + ", ".join(f"{len(d):,} {s}" for s, d in splits.items()) + (" pairs" if ragged else " windows") + f", vocabulary {cfg.vocab_size:,}, block {T_max}")
+say(f"model        {cfg.arch}, {cfg.mixer}" + (f", cross {cfg.cross}" if ragged else "") + f": {n_params:,} parameters ({n_mix:,} in mixers, {n_emb:,} in embeddings)")
+for group, name in zip(optimizer.param_groups, ("decay", "no decay")):
+    say(f"optimiser    {name}: {len(group['params'])} tensors, {sum(q.numel() for q in group['params']):,} parameters")
+say(f"step         {cfg.batch_size} rows * {cfg.gradient_accumulation_steps} = {step_rows} rows, about {tokens_per_step:,} tokens, {flops_per_token / 1e6:.1f} MFLOP a token")
+
+# -----------------------------------------------------------------------------
+# evaluation, checkpoints, log
+
+
+def total_over_ranks(*values):
+    """Sum floats over all processes."""
+    t = torch.tensor(values, dtype=torch.float64, device=device if device_type == "cuda" else "cpu")
+    if world > 1:
+        dist.all_reduce(t)
+    return t.tolist()
+
+
+@torch.no_grad()
+def evaluate(split, limit):
+    """Mean loss per target over the first rows of a split, the same ones each time, shared by all processes."""
+    model.eval()
+    data, total, count = splits[split], 0.0, 0
+    rows = np.arange(min(limit, len(data)))[rank::world] if ragged else data.starts[:limit][rank::world]
+    for i in range(0, len(rows), cfg.batch_size):
+        tensors, n = data.batch(rows[i:i + cfg.batch_size])
+        with autocast:
+            total, count = total + model(*to_device(tensors))[1].item() * n, count + n
+    model.train()
+    total, count = total_over_ranks(total, count)
+    return total / count
+
+
+def score(split, limit, beam=1):
+    """The task's own metric, on text that the model decoded: exact match or BLEU against the raw references."""
+    if not ragged:
+        return evaluate(split, limit) / math.log(2) * meta["splits"][split]["tokens"] / meta["bytes"][split]
+    src, ref = (open(os.path.join(folder, f"{split}.{side}.txt"), encoding="utf-8").read().split("\n")[:min(limit, len(splits[split]))] for side in ("src", "tgt"))
+    with autocast:
+        mine, _ = translate(model, tokenizer, src[rank::world], beam=beam, batch_size=max(1, 256 // beam))
+    model.train()
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    hyp = [""] * len(src)
+    for r in range(world):
+        hyp[r::world] = parts[r] if world > 1 else mine
+    if meta["metric"] == "exact":
+        return sum(h == r for h, r in zip(hyp, ref)) / len(ref)
+    import sacrebleu
+    bleu = sacrebleu.metrics.BLEU()
+    result = bleu.corpus_score(hyp, [ref]).score
+    if limit >= len(splits[split]):
+        say(f"sacreBLEU signature: {bleu.get_signature()}")
+    return result
+
+
+METRIC = {"exact": "exact match", "bleu": "BLEU", "bpb": "bits per byte", "acc": "accuracy"}[meta["metric"]]
+
+
+def write(path, obj):
+    """torch.save that is all there or not there: a temporary file, flushed to disk, then renamed."""
+    if not master:
+        return
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(obj, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:
+        stop(f"{path} cannot be written ({e}): the last checkpoint is intact; make room and go on with --resume")
+
+
+def save(evaluated):
+    common = dict(format=FORMAT, model=model.state_dict(), model_args=dataclasses.asdict(model_cfg), meta=meta, iter_num=iter_num, best_loss=best_loss)
+    if evaluated and val_loss == best_loss:
+        write(best_path, common)
+    write(ckpt_path, common | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings, evaluated=evaluated,
+                                   seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0))
+
+
+def log(**row):
+    """One line of log.csv; nothing in it depends on the clock, so that two equal runs write equal files."""
+    if master:
+        with open(log_path, "a", newline="") as f:
+            csv.writer(f).writerow([row.get(k, "") for k in ("step", "loss", "norm", "lr", "val_loss", "val_metric")])
+
+
+if master:
+    try:
+        if not ckpt and os.path.exists(ckpt_path):
+            n = next(n for n in range(1, 10**6) if not os.path.exists(f"{out}.{n}"))
+            os.rename(out, f"{out}.{n}")
+            say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
+        os.makedirs(out, exist_ok=True)
+        if ckpt:
+            os.truncate(log_path, ckpt["log_bytes"])           # what was logged after the checkpoint happens again
+        else:
+            with open(log_path, "w", newline="") as f:
+                csv.writer(f).writerow(["step", "loss", "norm", "lr", "val_loss", "val_metric"])
+        with open(os.path.join(out, "config.json"), "w") as f:
+            json.dump(settings, f, indent=1)
+    except OSError as e:
+        stop(f"--out_dir={out} cannot be written: {e.strerror}")
+say(" ".join(f"{k}={v}" for k, v in settings.items() if v != p.get_default(k)))
+
+
+def get_lr(it):
+    """Linear warm-up, then cosine to min_lr at max_iters."""
+    low = cfg.learning_rate / 20 if cfg.min_lr is None else cfg.min_lr
+    if it < cfg.warmup_iters:
+        return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
+    ratio = (it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
+    return low + 0.5 * (1 + math.cos(math.pi * min(1.0, ratio))) * (cfg.learning_rate - low)
+
+
+# -----------------------------------------------------------------------------
+# the loop
+
+caught = []
+for s in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(s, lambda number, frame: caught.append(number) if not caught else sys.exit(128 + number))
+
+model.train()
+t_start = t_log = time.time()
+first, val_loss = iter_num, math.inf
+batches = micro_batches(iter_num)
+while True:
+    if (iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters) and not evaluated:
+        val_loss, val_metric = evaluate("val", cfg.eval_rows), score("val", cfg.metric_rows)
+        best_loss = min(best_loss, val_loss)
+        say(f"step {iter_num:05d}/{cfg.max_iters:05d} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}" + (" | best" if val_loss == best_loss else ""))
+        log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
+        save(evaluated=True)
+        t_log, first = time.time(), iter_num
+    evaluated = False
+    if iter_num >= cfg.max_iters:
+        break
+
+    torch.manual_seed(hash((cfg.seed, iter_num, rank)) % 2**31)  # dropout, too, is a function of (seed, step)
+    lr = get_lr(iter_num)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = 0.0
+    for i, (tensors, share) in enumerate(batches):
+        if world > 1:
+            net.require_backward_grad_sync = i == len(batches) - 1
+        with autocast:
+            loss = net(*tensors)[1] * share                    # shares add up to 1 over all passes of all processes
+        scaler.scale(loss * world).backward()                  # DDP averages, the step sums
+        loss_sum = loss_sum + loss.detach()
+    batches = micro_batches(iter_num + 1)                      # while the GPU is still busy
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    if iter_num % cfg.log_interval == 0:
+        loss_sum, norm = total_over_ranks(loss_sum.item())[0], norm.item()
+        if not math.isfinite(loss_sum):
+            stop(f"the loss is {loss_sum} at step {iter_num}: lower --learning_rate or raise --warmup_iters, then --resume from the last checkpoint")
+        log(step=iter_num, loss=loss_sum, norm=norm, lr=lr)
+        dt = (time.time() - t_log) / (iter_num + 1 - first)
+        t_log, first = time.time(), iter_num + 1
+        say(f"step {iter_num:05d}/{cfg.max_iters:05d} | loss {loss_sum:.4f} | norm {norm:.2f} | lr {lr:.1e} | {dt * 1e3:.1f} ms | {tokens_per_step / dt:,.0f} tok/s"
+            + (f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}" if peak else "") + f" | eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m")
+    iter_num += 1
+    if world > 1 and iter_num % cfg.log_interval == 0 and total_over_ranks(len(caught))[0] or world == 1 and caught:
+        save(evaluated=False)
+        stop(f"stopped after step {iter_num}, saved: go on with --resume", 128 + (caught or [signal.SIGTERM])[0])
+
+# -----------------------------------------------------------------------------
+# the test set, once, with the checkpoint that validation chose
+
+seconds += time.time() - t_start
+if world > 1:
+    dist.barrier()
+model.load_state_dict(load_checkpoint(best_path, device)["model"])
+test_loss, test_score = evaluate("test", 10**9), score("test", 10**9, cfg.beam)
+say(f"{cfg.max_iters} steps in {seconds / 60:.1f} minutes | test loss {test_loss:.4f} | test {METRIC} {test_score:.4f} (n={len(splits['test'])}, best.pt)")
+if world > 1:
+    dist.destroy_process_group()
