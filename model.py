@@ -681,20 +681,124 @@ def trailing_means(x, levels, delay=delayed):
     return out
 
 
-def linear_attention(q, k, v, causal, chunk=64, eps=1e-6):
-    """out_t = sum_s (q_t . k_s) v_s / (sum_s q_t . k_s + eps), s <= t if causal. q, k (B,H,T,m) features >= 0, float32,
-    v (B,H,T,dh). A column of ones appended to v carries the denominator. Causal: prefix sums over chunks."""
-    v = torch.cat((v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)), -1)
-    T = q.size(2)
-    if causal:
-        c = min(chunk, T)
-        q, k, v = (F.pad(u, (0, 0, 0, -T % c)).unflatten(2, (-1, c)) for u in (q, k, v))   # (B, H, T/c, c, .)
-        S = (k.mT @ v).cumsum(2)
-        S = F.pad(S, (0, 0, 0, 0, 1, 0))[:, :, :-1]            # exclusive; (sum - own) would leak the own chunk's rounding
-        y = ((q @ k.mT).tril() @ v + q @ S).flatten(2, 3)[:, :, :T]
-    else:
-        y = q @ (k.mT @ v)
-    return y[..., :-1] / (y[..., -1:] + eps)
+def phi(x, R, kind):
+    """Positive random features of x (..., dh), R (dh, m) -> (..., m). relu: ReLU(x R), the arc-cosine kernel of order 1;
+    exp: exp(x R - |x|^2 / 2) / sqrt(m), whose mean over R is exp(q.k); its exponent never passes |R|^2 / 2, so keys need
+    no running maximum, which would leak."""
+    u = x @ R
+    if kind == "relu":
+        return u.relu_()
+    return u.sub_(x.square().sum(-1, keepdim=True) / 2).exp_().div_(math.sqrt(R.size(1)))
+
+
+def phi_backward(x, R, kind, f, df):
+    """Gradient of phi at x, given its value f and the gradient df that arrives there (overwritten)."""
+    if kind == "relu":
+        return df.mul_(f > 0) @ R.T
+    df = df.mul_(f)
+    return df @ R.T - x * df.sum(-1, keepdim=True)
+
+
+def blocks(x, m):
+    """How to walk x (N, T, .) so that the features of a block stay in cache: slices of N, and slices of T in order."""
+    N, T = x.shape[:2]
+    room = 2 ** 16 if x.device.type == "cpu" else 2 ** 25
+    c = -(-T // -(-T // min(max(128, room // m // 8), 1024)))                              # even chunks of some 128 tokens
+    n = max(1, room // (c * m))
+    return [slice(i, i + n) for i in range(0, N, n)], [slice(i, i + c) for i in range(0, T, c)]
+
+
+class Digest(torch.autograd.Function):
+    """S = phi(k)^T v, k (N,T,dh), v (N,T,e) -> (N,m,e): a source, or a sequence's own keys, reduced once. No n x m tensor
+    in memory, forward or backward: features are made block by block, and made again when gradients come."""
+
+    @staticmethod
+    def forward(ctx, k, v, R, kind):
+        ctx.save_for_backward(k, v, R)
+        ctx.kind, S = kind, k.new_zeros(k.size(0), R.size(1), v.size(-1))
+        rows, times = blocks(k, R.size(1))
+        for n in rows:
+            for t in times:
+                S[n].baddbmm_(phi(k[n, t], R, kind).mT, v[n, t])
+        return S
+
+    @staticmethod
+    def backward(ctx, dS):
+        (k, v, R), kind = ctx.saved_tensors, ctx.kind
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        rows, times = blocks(k, R.size(1))
+        for n in rows:
+            for t in times:
+                f = phi(k[n, t], R, kind)
+                torch.bmm(f, dS[n], out=dv[n, t]) if len(times) == 1 else dv[n, t].copy_(f @ dS[n])
+                dk[n, t] = phi_backward(k[n, t], R, kind, f, v[n, t] @ dS[n].mT)
+        return dk, dv, None, None
+
+
+class Read(torch.autograd.Function):
+    """y = phi(q) S, q (N,T,dh), S (N,m,e) -> (N,T,e)."""
+
+    @staticmethod
+    def forward(ctx, q, S, R, kind):
+        ctx.save_for_backward(q, S, R)
+        ctx.kind, y = kind, q.new_empty(*q.shape[:2], S.size(-1))
+        rows, times = blocks(q, R.size(1))
+        for n in rows:
+            for t in times:
+                y[n, t] = phi(q[n, t], R, kind) @ S[n]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (q, S, R), kind = ctx.saved_tensors, ctx.kind
+        dq, dS = torch.empty_like(q), torch.zeros_like(S)
+        rows, times = blocks(q, R.size(1))
+        for n in rows:
+            for t in times:
+                f = phi(q[n, t], R, kind)
+                dS[n].baddbmm_(f.mT, dy[n, t])
+                dq[n, t] = phi_backward(q[n, t], R, kind, f, dy[n, t] @ S[n].mT)
+        return dq, dS, None, None
+
+
+class CausalRead(torch.autograd.Function):
+    """y_t = sum_{s <= t} (phi(q_t) . phi(k_s)) v_s, by chunks: a triangle within a chunk, a running S across chunks. The
+    backward walks twice, forward in time for dq and backward in time for dk and dv, so that no S is kept."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, R, kind):
+        ctx.save_for_backward(q, k, v, R)
+        ctx.kind, y = kind, torch.empty_like(v)
+        rows, times = blocks(q, R.size(1))
+        for n in rows:
+            S = 0
+            for t in times:
+                fq, fk = phi(q[n, t], R, kind), phi(k[n, t], R, kind)
+                y[n, t] = (fq @ fk.mT).tril_() @ v[n, t] + (fq @ S if t.start else 0)
+                S = S + fk.mT @ v[n, t] if t is not times[-1] else None
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (q, k, v, R), kind = ctx.saved_tensors, ctx.kind
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        rows, times = blocks(q, R.size(1))
+        for n in rows:
+            S = dS = 0
+            for t in times:
+                fq, fk, da = phi(q[n, t], R, kind), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
+                df = da @ fk + (dy[n, t] @ S.mT if t.start else 0)
+                dq[n, t] = phi_backward(q[n, t], R, kind, fq, df)
+                S = S + fk.mT @ v[n, t] if t is not times[-1] else None
+            for t in reversed(times):
+                if len(times) > 1:                             # else they are still here
+                    fq, fk, da = phi(q[n, t], R, kind), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
+                late = t is not times[-1]
+                dv[n, t] = (fq @ fk.mT).tril_().mT @ dy[n, t] + (fk @ dS if late else 0)
+                df = da.mT @ fq + (v[n, t] @ dS.mT if late else 0)
+                dk[n, t] = phi_backward(k[n, t], R, kind, fk, df)
+                dS = dS + fq.mT @ dy[n, t] if t.start else None
+        return dq, dk, dv, None, None
 
 
 class Wersa(Attention):
@@ -732,16 +836,20 @@ class Wersa(Attention):
             out = out + (g[..., l + 1] - g[..., l]) * mean.view_as(qk)
         return out
 
-    def features(self, x, query=False):
-        """(..., dh) -> (..., m), float32 and >= 0."""
-        x, R = x.float() / self.beta, self.R.float()
-        if self.map == "relu":
-            return F.relu(x @ R) / math.sqrt(R.size(1))
-        x = x / x.size(-1) ** 0.25
-        u = x @ R - x.square().sum(-1, keepdim=True) / 2       # never above |R|^2 / 2, so keys need no running maximum
-        if query:
-            u = u - u.amax(-1, keepdim=True).detach()          # cancels between numerator and denominator
-        return u.exp() / math.sqrt(R.size(1))
+    def scaled(self, x):
+        """(B, H, T, dh) -> (B H, T, dh) float32, with the factors that phi leaves out: beta, and sqrt(m) or dh^(1/4)."""
+        dh, m = self.R.shape
+        return (x.float() / (self.beta * (dh ** 0.25 if self.map == "exp" else m ** 0.5))).flatten(0, 1).contiguous()
+
+    def ones(self, v, mask=None):
+        """(B, H, T, dh) -> (B H, T, dh + 1) float32: a column of ones carries the denominator; padding is all zero."""
+        v = F.pad(v.float(), (0, 1), value=1.0)
+        return (v if mask is None else v * mask[:, None, :, None]).flatten(0, 1)
+
+    def ratio_of(self, y, like):
+        """sums (B H, T, dh + 1) -> (B, H, T, dh): numerator over denominator; 0 where nothing was seen."""
+        y = y[..., :-1] / (y[..., -1:] + 1e-6)
+        return y.unflatten(0, (-1, self.n_head)).to(like.dtype)
 
     def forward(self, x, mask=None, pos=None):
         qk, v = self.c_attn(x).split([2 * x.size(-1), x.size(-1)], -1)
@@ -757,11 +865,9 @@ class Wersa(Attention):
         q, k = (u.transpose(1, 2) for u in self.split(qk).unbind(2))                       # (B, H, T, dh)
         q, k = self.rotate(q, k, torch.arange(x.size(1), device=x.device) if pos is None else pos)
         with torch.autocast(x.device.type, enabled=False):
-            q, k = self.features(q, query=True), self.features(k)
-            if mask is not None:
-                k = k * mask[:, None, :, None]
-            y = linear_attention(q, k, self.heads(v), self.causal)
-        return self.out(y.to(v.dtype))
+            q, k, u, R = self.scaled(q), self.scaled(k), self.ones(self.heads(v), mask), self.R.float()
+            y = CausalRead.apply(q, k, u, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, u, R, self.map), R, self.map)
+            return self.out(self.ratio_of(y, v))
 
     def split(self, qk):                                       # (..., 2C) -> (..., 2, H, dh)
         return qk if qk.size(-1) == self.R.size(0) and qk.dim() > 4 else qk.unflatten(-1, (2, self.n_head, -1))
@@ -783,12 +889,11 @@ class Wersa(Attention):
             qk = qk.unflatten(-1, (2, self.n_head, -1))
         q, k = (u[:, :, None] for u in qk.unbind(1))                                       # (B, H, 1, dh)
         q, k = self.rotate(q, k, torch.tensor([t if pos is None else pos], device=x_t.device))
-        v = self.heads(v[:, None])
         with torch.autocast(x_t.device.type, enabled=False):
-            S = S + self.features(k).mT @ F.pad(v.float(), (0, 1), value=1.0)
-            y = self.features(q, query=True) @ S
-        y = y[..., :-1] / (y[..., -1:] + 1e-6)
-        return self.out(y.to(v.dtype))[:, 0], (t + 1, S, total, past)
+            R = self.R.float()
+            S = S + (phi(self.scaled(k), R, self.map).mT @ self.ones(self.heads(v[:, None]))).unflatten(0, (-1, self.n_head))
+            y = phi(self.scaled(q), R, self.map) @ S.flatten(0, 1)
+        return self.out(self.ratio_of(y, v))[:, 0], (t + 1, S, total, past)
 
 
 def random_features(dh, m, orthogonal=False):
@@ -813,7 +918,12 @@ def build_mixer(cfg, causal=False):
 
 
 class CrossAttention(Attention):
-    """Softmax attention from x (B,T,C) to memory (B,S,C); no positions, the encoder has put them into memory."""
+    """Softmax attention from x (B,T,C) to memory (B,S,C). With --pos=rope, target t stands at source place ratio * t, so
+    that reading straight on is what the kernel knows from the start (measured: it halves the steps on `numbers`)."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.ratio = cfg.cross_ratio
 
     def forward(self, x, memory, mask=None):
         return self.read(x, self.init_state(memory, mask), 0)
@@ -821,21 +931,24 @@ class CrossAttention(Attention):
     def step(self, x_t, state, t=0):
         return self.read(x_t[:, None], state, t)[:, 0]
 
-    def queries(self, x):
-        C = x.size(-1)
-        return self.heads(F.linear(x, self.c_attn.weight[:C], None if self.c_attn.bias is None else self.c_attn.bias[:C]))
+    def part(self, x, rows):                                   # some of c_attn's q, k, v, (B, T, C) -> (B, T, C or 2C)
+        bias = self.c_attn.bias
+        return F.linear(x, self.c_attn.weight[rows], None if bias is None else bias[rows])
+
+    def queries(self, x, t=None):
+        q = self.heads(self.part(x, slice(0, x.size(-1))))
+        return rope(q, torch.arange(t, t + x.size(1), device=x.device) * self.ratio) if self.rope and t is not None else q
 
     def keys_values(self, memory):
-        C = memory.size(-1)
-        return F.linear(memory, self.c_attn.weight[C:], None if self.c_attn.bias is None else self.c_attn.bias[C:]).chunk(2, -1)
+        k, v = (self.heads(u) for u in self.part(memory, slice(memory.size(-1), None)).chunk(2, -1))
+        return rope(k, torch.arange(memory.size(1), device=memory.device)) if self.rope else k, v
 
     def init_state(self, memory, mask=None):
-        k, v = self.keys_values(memory)
-        return self.heads(k), self.heads(v), mask
+        return *self.keys_values(memory), mask
 
     def read(self, x, state, t):
         k, v, mask = state
-        return self.out(sdpa(self.queries(x), k, v, mask, False, self.dropout if self.training else 0.0))
+        return self.out(sdpa(self.queries(x, t), k, v, mask, False, self.dropout if self.training else 0.0))
 
 
 class CrossWersa(CrossAttention):
@@ -848,21 +961,19 @@ class CrossWersa(CrossAttention):
         self.beta, self.map = cfg.beta, cfg.feature_map
         self.register_buffer("R", random_features(dh, cfg.n_features or 4 * dh, cfg.orthogonal_features))
 
-    features = Wersa.features
+    scaled, ones, ratio_of = Wersa.scaled, Wersa.ones, Wersa.ratio_of
 
     def init_state(self, memory, mask=None):
-        k, v = (self.heads(u) for u in self.keys_values(memory))
+        k, v = self.keys_values(memory)
         with torch.autocast(memory.device.type, enabled=False):
-            k = self.features(k)
-            if mask is not None:
-                k = k * mask[:, None, :, None]
-            return (k.mT @ F.pad(v.float(), (0, 1), value=1.0),)                           # (B, H, m, dh + 1)
+            S = Digest.apply(self.scaled(k), self.ones(v, mask), self.R.float(), self.map)
+            return (S.unflatten(0, (-1, self.n_head)),)                                    # (B, H, m, dh + 1)
 
     def read(self, x, state, t):
-        q = self.queries(x)
+        q = self.queries(x, t)
         with torch.autocast(x.device.type, enabled=False):
-            y = self.features(q, query=True) @ state[0]
-        return self.out((y[..., :-1] / (y[..., -1:] + 1e-6)).to(q.dtype))
+            y = Read.apply(self.scaled(q), state[0].flatten(0, 1), self.R.float(), self.map)
+        return self.out(self.ratio_of(y, q))
 
 
 class Aligned(CrossAttention):
@@ -871,53 +982,57 @@ class Aligned(CrossAttention):
     side of p's. The decoder's own state weighs these few candidates by place; with --aligned_content also by q.k.
     O(T log S), no T x S product. (ByteNet, arXiv 1610.10099, read its source by place, too.)"""
 
-    window, blocks = 4, 2
+    window, blocks, chunk = 4, 2, 64
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.L, self.ratio, self.content = cfg.n_levels, cfg.cross_ratio, cfg.aligned_content
-        self.n = 2 * self.window + 1 + self.L * (2 * self.blocks + 1)
-        self.place = nn.Linear(cfg.n_embd, cfg.n_head * self.n, bias=cfg.bias)
+        self.L, self.content = cfg.n_levels, cfg.aligned_content
+        self.reach = [self.window] + [self.blocks] * self.L    # candidates on either side, per level
+        self.place = nn.Linear(cfg.n_embd, cfg.n_head * sum(2 * w + 1 for w in self.reach), bias=cfg.bias)
         if not self.content:                                   # no queries and keys, then
             self.c_attn = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def init_state(self, memory, mask=None):
-        """-> one table of all levels (B, N, C or 2C), which rows hold anything (B, N), where a level starts, lengths (B,)."""
+        """-> one table of all levels (B, N, C or 2C), which of its rows hold anything (B, N), rows per level, lengths (B,)."""
         B, S, _ = memory.shape
         mask = torch.ones(B, S, dtype=torch.bool, device=memory.device) if mask is None else mask
-        kv = torch.cat(self.keys_values(memory), -1) if self.content else self.c_attn(memory)
+        kv = self.part(memory, slice(memory.size(-1) if self.content else 0, None))
         total, count = kv * mask[..., None], mask[..., None].to(kv.dtype)
-        tables, counts, half = [total], [count], kv.new_ones(2)
+        tables, counts, pair = [total], [count], kv.new_ones(2)
         for _ in range(self.L):
-            total, count = (fir(F.pad(u, (0, 0, 0, u.size(1) % 2)), half) for u in (total, count))
+            total, count = (fir(F.pad(u, (0, 0, 0, u.size(1) % 2)), pair) for u in (total, count))
             tables.append(total / count.clamp(min=1))
             counts.append(count)
         return torch.cat(tables, 1), torch.cat(counts, 1)[..., 0] > 0, [u.size(1) for u in tables], lengths(mask)
 
     def read(self, x, state, t):
-        table, real, sizes, n = state
-        B, T, C = x.shape
-        p = ((torch.arange(t, t + T, device=x.device) * self.ratio).long() + torch.zeros_like(n)[:, None]).minimum(n[:, None] - 1)
-        index, valid, start = [], [], 0
-        for l, size in enumerate(sizes):
-            w = self.blocks if l else self.window
-            j = (p >> l)[..., None] + torch.arange(-w, w + 1, device=x.device)             # (B, T, 2w + 1)
-            valid.append((j >= 0) & (j < size))
-            index.append(j.clamp(0, size - 1) + start)
-            start += size
-        index, valid = torch.cat(index, -1).flatten(1), torch.cat(valid, -1)               # (B, T n), (B, T, n)
-        valid = valid & real.gather(1, index).view_as(valid)
-        rows = table.gather(1, index[..., None].expand(-1, -1, table.size(-1))).unflatten(1, (T, self.n))
-        logits = self.place(x).unflatten(-1, (self.n_head, self.n))                        # (B, T, H, n)
+        """A chunk of c targets shares the few table rows that any of them may look at; each sees its own by a mask."""
+        (table, real, sizes, n), T = state, x.size(1)
+        c = min(self.chunk, T)
+        x = F.pad(x, (0, 0, 0, -T % c)).unflatten(1, (-1, c))                              # (B, T/c, c, C)
+        at = ((t + torch.arange(x.size(1) * c, device=x.device)) * self.ratio).long()
+        at = at.minimum(n[:, None] - 1).unflatten(1, (-1, c))                              # (B, T/c, c) source places
+        rows, slots, start, first = [], [], 0, 0
+        for l, (size, w) in enumerate(zip(sizes, self.reach)):
+            width = 2 * w + 2 + int(c * self.ratio) // 2 ** l
+            j = (at[:, :, :1] >> l) - w + torch.arange(width, device=x.device)             # (B, T/c, width) rows of level l
+            slot = j[:, :, None] - (at >> l)[..., None] + w                                # (B, T/c, c, width)
+            seen = (slot >= 0) & (slot <= 2 * w) & ((j >= 0) & (j < size))[:, :, None]
+            slots.append(torch.where(seen, slot + first, -1))
+            rows.append(j.clamp(0, size - 1) + start)
+            start, first = start + size, first + 2 * w + 1
+        rows, slots = torch.cat(rows, -1), torch.cat(slots, -1)[:, :, None]                # (B, T/c, R), (B, T/c, 1, c, R)
+        seen = (slots >= 0) & real.gather(1, rows.flatten(1)).view_as(rows)[:, :, None, None]
+        kv = table.gather(1, rows.flatten(1)[..., None].expand(-1, -1, table.size(-1)))
+        kv = kv.view(*rows.shape, -1, self.n_head, x.size(-1) // self.n_head).transpose(2, 4)  # (B, T/c, H, k/v, R, dh)
+        logits = self.place(x).unflatten(-1, (self.n_head, -1)).transpose(2, 3)            # (B, T/c, H, c, slots)
+        logits = logits.gather(-1, slots.clamp(min=0).expand(-1, -1, self.n_head, -1, -1))
         if self.content:
-            k, v = rows.unflatten(-1, (2, self.n_head, -1)).unbind(3)                      # (B, T, n, H, dh)
-            q = self.queries(x).transpose(1, 2)                                            # (B, T, H, dh)
-            logits = logits + torch.einsum("bthd,btnhd->bthn", q, k) / math.sqrt(q.size(-1))
-        else:
-            v = rows.unflatten(-1, (self.n_head, -1))
-        logits = logits.float().masked_fill(~valid[:, :, None], -1e9)
-        y = torch.einsum("bthn,btnhd->bthd", logits.softmax(-1).to(v.dtype), v)
-        return self.c_proj(y.flatten(-2))
+            q = self.queries(x.flatten(1, 2)).unflatten(2, (-1, c)).transpose(1, 2)        # (B, T/c, H, c, dh)
+            logits = logits + q @ kv[:, :, :, 0].mT / math.sqrt(q.size(-1))
+        weights = logits.float().masked_fill(~seen, -1e9).softmax(-1).to(kv.dtype)
+        y = (weights @ kv[:, :, :, -1]).transpose(2, 3)                                    # (B, T/c, c, H, dh)
+        return self.c_proj(y.flatten(3).flatten(1, 2)[:, :T])
 
 
 CROSSES = {"attention": CrossAttention, "wersa": CrossWersa, "aligned": Aligned}

@@ -236,11 +236,12 @@ def numbers(out, seed=1337, rows=100_000):
         held[values] = True
         k = min(len(values) // 2, (1000 - len(test)) // (7 - digits))  # few have three digits, the others fill up
         test, val = test + values[:k].tolist(), val + values[k:2 * k].tolist()
-    def bounds(low, high, count):  # each number of digits is as likely as any other
-        digits = rng.integers(low, high + 1, count)
+    val, test = rng.permutation(val).tolist(), test[:1] + rng.permutation(test[1:]).tolist()  # any first rows are a fair sample
+    def bounds(digits):
         return np.where(digits == 1, 0, 10**(digits - 1)), 10**digits
-    far = rng.integers(*bounds(7, 9, 500))  # before train, so that rows changes no other split
-    low, high = bounds(1, 6, rows)
+    # a digit more is twice as likely: the short ones are few and soon known, the long ones hold all the combinations
+    far = rng.integers(*bounds(rng.integers(7, 10, 500)))
+    low, high = bounds(rng.choice(np.arange(1, 7), rows, p=2.0 ** np.arange(6) / 63))
     train = rng.integers(low, high)
     while (bad := held[train]).any():
         train[bad] = rng.integers(low[bad], high[bad])
@@ -249,8 +250,8 @@ def numbers(out, seed=1337, rows=100_000):
     return {"metric": "exact", **write_encdec(out, {"kind": "bytes"}, splits),
             "note": "split long: 500 numbers of 7 to 9 digits, beyond the trained range"}
 
-# 8,000: in 29,000 captions a rarer token is seen too seldom to be learned, and its table would outweigh a small model
-def multi30k(out, source=None, vocab_size=8000, rows=None):
+# 4,000: in 29,000 captions a rarer token is seen too seldom to be learned, and its table would outweigh a small model
+def multi30k(out, source=None, vocab_size=4000, rows=None):
     """Multi30k image captions, English to German; test is test_2016_flickr, raw and cased."""
     files = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     return write_translation(out, hub(source, "bentrevett/multi30k", files, lambda row: (row["en"], row["de"])),
@@ -396,7 +397,38 @@ def prepare(name, data_dir="data", source=None, vocab_size=None, seed=None, rows
 
 def unknown(kind, word, known):
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-    return f"unknown {kind} {word}: did you mean {near}? (known: {', '.join(known)})"
+    return f"unknown {kind} {word}: did you mean {near}?"
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line a mistake: the nearest known flag, no abbreviations; --flag, --flag=0 and --flag=False."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.to = self
+
+    def section(self, title):
+        self.to = self.add_argument_group(title)
+
+    def add(self, flag, type=str, help="", **kw):
+        if type is bool:
+            words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+            kw.update(nargs="?", const=True, metavar="BOOL")
+            type = lambda s: words[s.lower()] if s.lower() in words else self.error(f"{flag}={s} must be True or False")
+        shown = "" if kw.get("default") is None else f" [{kw['default']}]"
+        self.to.add_argument(flag, type=type, help=(help + shown).replace("%", "%%") or " ", **kw)
+
+    def parse_args(self, argv=None):
+        """Also leaves the flags that were really typed in self.given."""
+        unset = object()
+        args, extra = self.parse_known_args(argv, argparse.Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
+        if extra:
+            flag = extra[0].split("=")[0]
+            self.error(unknown("argument", flag, [o for a in self._actions for o in a.option_strings]) + " (--help lists all)")
+        self.given = {k: v for k, v in vars(args).items() if v is not unset}
+        return argparse.Namespace(**{k: self.get_default(k) if v is unset else v for k, v in vars(args).items()})
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
 
 def summary(folder, meta, seconds):
     both = lambda x: " + ".join(f"{n:,}" for n in (x if isinstance(x, list) else [x]))
@@ -412,19 +444,16 @@ def summary(folder, meta, seconds):
         print(f"  train begins | {Tokenizer(meta['tokenizer']).decode(ids)[:100]!r}")
 
 def main():
-    parser = argparse.ArgumentParser(description="Turns a data set into token files for train.py.", allow_abbrev=False)
-    parser.add_argument("--dataset", default="numbers", help=", ".join(DATASETS))
-    parser.add_argument("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
-    parser.add_argument("--data_dir", default="data", help="the data set is written to data_dir/NAME")
-    parser.add_argument("--vocab_size", type=int, help="ids of the trained BPE, special ones included")
-    parser.add_argument("--tokenizer", help="for text: gpt2 (default) or bytes")
-    parser.add_argument("--rows", type=int, help="use only so many training rows")
-    parser.add_argument("--seed", type=int, help="for what is drawn or shuffled, 1337 by default")
-    parser.add_argument("--force", action="store_true", help="replace a data set made with other settings")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # without the block of usage
-    args, extra = parser.parse_known_args()
-    if extra:
-        parser.error(unknown("argument", extra[0].split("=")[0], [f"--{flag}" for flag in vars(args)]))
+    parser = Parser(description=__doc__)
+    parser.add("--dataset", default="numbers", help=", ".join(DATASETS))
+    parser.add("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
+    parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
+    parser.add("--vocab_size", type=int, help="ids of the trained BPE, special ones included")
+    parser.add("--tokenizer", help="for text: gpt2 (default) or bytes")
+    parser.add("--rows", type=int, help="use only so many training rows")
+    parser.add("--seed", type=int, help="for what is drawn or shuffled, 1337 by default")
+    parser.add("--force", type=bool, default=False, help="replace a data set made with other settings")
+    args = parser.parse_args()
     if args.dataset not in DATASETS:
         parser.error(unknown("data set", args.dataset, DATASETS))
     name, started = args.dataset, time.time()

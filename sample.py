@@ -17,40 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, PAD, Tokenizer
-import argparse, difflib
-class Parser(argparse.ArgumentParser):
-    """argparse with one line a mistake: the nearest known flag, no abbreviations; --flag, --flag=0 and --flag=False."""
-
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.to = self
-
-    def section(self, title):
-        self.to = self.add_argument_group(title)
-
-    def add(self, flag, type=str, help="", **kw):
-        if type is bool:
-            words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-            kw.update(nargs="?", const=True, metavar="BOOL")
-            type = lambda s: words[s.lower()] if s.lower() in words else self.error(f"{flag}={s} must be True or False")
-        shown = "" if kw.get("default") is None else f" [{kw['default']}]"
-        self.to.add_argument(flag, type=type, help=(help + shown).replace("%", "%%") or " ", **kw)
-
-    def parse_args(self, argv=None):
-        """Also leaves the flags that were really typed in self.given."""
-        unset = object()
-        args, extra = self.parse_known_args(argv, argparse.Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
-        if extra:
-            flag = extra[0].split("=")[0]
-            near = difflib.get_close_matches(flag, [o for a in self._actions for o in a.option_strings], n=1, cutoff=0.0)[0]
-            self.error(f"unknown argument {flag}: did you mean {near}? (--help lists all)")
-        self.given = {k: v for k, v in vars(args).items() if v is not unset}
-        return argparse.Namespace(**{k: self.get_default(k) if v is unset else v for k, v in vars(args).items()})
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+from model import Haar, ModelConfig, WaveletTransformer, Wavspa, Wersa, daubechies, dwt, idwt
+from prepare_data import BOS, EOS, PAD, Parser, Tokenizer
 
 FORMAT = 1  # of ckpt.pt and best.pt
 
@@ -179,6 +147,45 @@ def main():
                 raise SystemExit(e)
             print(tokenizer.decode(out[0].tolist()))
             print("---------------")
+
+
+def show_wavelets(model, path):
+    """Per wavelet layer and level: the taps' means over channels, how far they moved from where they started (RMS), and
+    the weight of the level's band in the output (RMS); the movement and the weights also as a picture."""
+    lines = {}                                                 # layer -> [(level, moved, weight)]
+    for name, m in model.named_modules():
+        if isinstance(m, Haar):
+            print(f"{name}: level   alpha    beta   gamma   delta   moved  weight")
+            start, weight = torch.tensor([[1.0, 1.0], [1.0, -1.0]])[..., None] / 2 ** 0.5, m.weight.square().mean((1, 2)).sqrt()
+            for l, taps in enumerate(m.taps.cpu()):
+                row = [*taps.mean(-1).flatten().tolist(), (taps - start).square().mean().sqrt().item(), weight[l].item()]
+                print(" " * len(name) + f"  {l + 1:5d} " + " ".join(f"{v:7.3f}" for v in row))
+                lines.setdefault(name, []).append(row[-2:])
+            print(" " * len(name) + f"  a_L: weight {weight[-1].item():.3f}")
+        elif isinstance(m, Wavspa):
+            h, n = m.filters()[0].detach().cpu(), 1 if model.config.wavelet == "haar" else int(model.config.wavelet[2:])
+            x = torch.randn(1, 64, m.band.size(1))
+            error = 0.0 if m.kind == "lift" else (idwt(dwt(x, h, 1), h) - x).abs().max().item()
+            h = h if h.dim() > 1 else h[:, None]
+            print(f"{name}: mean taps " + " ".join(f"{v:.3f}" for v in h.mean(1)) + f", reconstruction error {error:.1e}")
+            if len(h) == 2 * n:
+                lines[name] = [((h - daubechies(n).float()[:, None]).square().mean().sqrt().item(), w) for w in m.band.detach().square().mean(1).sqrt().tolist()]
+        elif isinstance(m, Wersa) and m.L:
+            print(f"{name}: gain scale, d_1 ... d_L, a_L: " + " ".join(f"{v:.3f}" for v in m.scale.mean(0)))
+            lines[name] = [(abs(v - 1), v) for v in m.scale.mean(0).tolist()]
+    if not lines:
+        raise SystemExit(f"--show=wavelets: a model of --mixer={model.config.mixer} has no wavelets")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, i, title in zip(axes, (0, 1), ("distance from the initial taps (RMS)", "weight of the band (RMS)")):
+        for name, rows in lines.items():
+            ax.plot(range(1, len(rows) + 1), [r[i] for r in rows], marker="o", label=name)
+        ax.set(xlabel="level", title=title, ylim=(0, None))
+    axes[0].legend(fontsize=7)
+    plt.savefig(path, dpi=120)
+    print(f"drawn to {path}")
 
 
 def read_text(path):

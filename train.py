@@ -12,6 +12,7 @@ functions of (seed, step), so a run may be killed, resumed, and resumed on anoth
 """
 
 import csv
+import ctypes
 import dataclasses
 import inspect
 import json
@@ -29,8 +30,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, Tokenizer, load_meta, prepare, read_ragged
-from sample import Parser, FORMAT, collate, load_checkpoint, translate
+from prepare_data import BOS, EOS, Parser, Tokenizer, load_meta, prepare, read_ragged
+from sample import FORMAT, collate, load_checkpoint, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
@@ -106,6 +107,9 @@ if device == "cuda" and world > 1:
 device_type = device.split(":")[0]
 if device_type != "cpu" and device_type != auto:
     stop(f"--device={device} is not there: this machine has {auto}")
+if device_type == "cpu" and sys.platform == "linux":
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *a: 0)
+    mallopt(-3, 2**25), mallopt(-1, 2**30)                     # keep freed pages: a step asks for the same sizes again, and new pages cost it a tenth
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
@@ -151,6 +155,9 @@ if cfg.arch != meta["arch"]:
 for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_rows", "metric_rows", "beam", "log_interval"):
     if getattr(cfg, name) < 1:
         stop(f"--{name}={getattr(cfg, name)} must be at least 1", 2)
+for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate"):
+    if not 0 <= getattr(cfg, name) < math.inf:
+        stop(f"--{name}={getattr(cfg, name)} must be at least 0", 2)
 step_rows, T_max = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.block_size
 if step_rows % world:
     stop(f"--batch_size={cfg.batch_size} * --gradient_accumulation_steps={cfg.gradient_accumulation_steps} rows cannot be shared by {world} processes")
@@ -216,6 +223,7 @@ class Stream:
 
 splits = {s: (Rows if ragged else Stream)(s) for s in ("train", "val", "test")}
 train = splits["train"]
+average = step_rows * (float(np.mean(train.n_tgt)) if ragged else T_max)
 
 
 def to_device(tensors):
@@ -225,10 +233,11 @@ def to_device(tensors):
 
 
 def micro_batches(step):
-    """This process's share of a step: [(tensors, share of the step's loss)], built on the host."""
+    """This process's share of a step, built on the host: [(tensors, share of the step's targets)], and how the step's
+    targets compare with an average step's: a batch of short rows counts for less, as each target counts the same."""
     rows = train.at(step)
     total = train.weight(rows)
-    return [(to_device(t), n / total) for t, n in map(train.batch, np.array_split(rows[rank::world], micro_steps))]
+    return [(to_device(t), n / total) for t, n in map(train.batch, np.array_split(rows[rank::world], micro_steps))], total / average
 
 
 # -----------------------------------------------------------------------------
@@ -385,7 +394,7 @@ for s in (signal.SIGINT, signal.SIGTERM):
 model.train()
 t_start = t_log = time.time()
 first, val_loss = iter_num, math.inf
-batches = micro_batches(iter_num)
+batches, size = micro_batches(iter_num)
 while True:
     if (iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters) and not evaluated:
         val_loss, val_metric = evaluate("val", cfg.eval_rows), score("val", cfg.metric_rows)
@@ -408,9 +417,9 @@ while True:
             net.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
             loss = net(*tensors)[1] * share                    # shares add up to 1 over all passes of all processes
-        scaler.scale(loss * world).backward()                  # DDP averages, the step sums
+        scaler.scale(loss * size * world).backward()           # DDP averages, the step sums
         loss_sum = loss_sum + loss.detach()
-    batches = micro_batches(iter_num + 1)                      # while the GPU is still busy
+    batches, size = micro_batches(iter_num + 1)                # while the GPU is still busy
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     scaler.step(optimizer)
