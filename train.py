@@ -61,7 +61,7 @@ for f in dataclasses.fields(ModelConfig):
 p.section("optimisation")
 p.add("--batch_size", type=int, default=64, help="rows of one forward pass")
 p.add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step, shared by all processes")
-p.add("--max_iters", type=int, default=1500, help="optimiser steps in all")
+p.add("--max_iters", type=int, default=1200, help="optimiser steps in all")
 p.add("--learning_rate", type=float, default=2e-3)
 p.add("--min_lr", type=float, default=None, help="default: learning_rate / 20")
 p.add("--warmup_iters", type=int, default=100)
