@@ -867,7 +867,7 @@ class Wersa(Attention):
         with torch.autocast(x.device.type, enabled=False):
             q, k, u, R = self.scaled(q), self.scaled(k), self.ones(self.heads(v), mask), self.R.float()
             y = CausalRead.apply(q, k, u, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, u, R, self.map), R, self.map)
-            return self.out(self.ratio_of(y, v))
+        return self.out(self.ratio_of(y, v))
 
     def split(self, qk):                                       # (..., 2C) -> (..., 2, H, dh)
         return qk if qk.size(-1) == self.R.size(0) and qk.dim() > 4 else qk.unflatten(-1, (2, self.n_head, -1))
