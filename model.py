@@ -95,7 +95,6 @@ class ModelConfig:
 
 CHOICES = {  # every flag that takes one of a few words
     "arch": ("encdec", "encoder", "decoder"),
-    "mixer": ("attention", "haar", "wavspa", "wersa", "fourier"),
     "cross": ("auto", "attention", "wersa", "aligned"),
     "pos": ("rope", "learned", "none"),
     "pool": ("mean", "cls", "token"),
@@ -906,6 +905,7 @@ def random_features(dh, m, orthogonal=False):
 
 
 MIXERS = {"attention": Attention, "haar": Haar, "wavspa": Wavspa, "wersa": Wersa, "fourier": Fourier}
+CHOICES["mixer"] = MIXERS                                      # so that adding a mixer is one line
 
 
 def build_mixer(cfg, causal=False):
@@ -1136,7 +1136,7 @@ class WaveletTransformer(nn.Module):
             weights = (weights + self.num_params("wte")) // 2
         m = cfg.n_features or 4 * cfg.n_embd // cfg.n_head
         mix = {"attention": 12 * T, "wersa": 24 * m, "haar": 18 * cfg.n_levels, "wavspa": 4 * T + 24 * cfg.n_levels, "fourier": 15 * math.log2(T * cfg.n_embd)}
-        return 6 * weights + cfg.n_layer * cfg.n_embd * mix[cfg.mixer]
+        return 6 * weights + cfg.n_layer * cfg.n_embd * mix.get(cfg.mixer, 0)
 
     def embed(self, idx, start=0):
         x = self.wte(idx)

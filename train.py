@@ -61,7 +61,7 @@ for f in dataclasses.fields(ModelConfig):
 p.section("optimisation")
 p.add("--batch_size", type=int, default=64, help="rows of one forward pass")
 p.add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step, shared by all processes")
-p.add("--max_iters", type=int, default=1200, help="optimiser steps in all")
+p.add("--max_iters", type=int, default=1000, help="optimiser steps in all")
 p.add("--learning_rate", type=float, default=2e-3)
 p.add("--min_lr", type=float, default=None, help="default: learning_rate / 20")
 p.add("--warmup_iters", type=int, default=100)
@@ -448,6 +448,10 @@ if world > 1:
     dist.barrier()
 model.load_state_dict(load_checkpoint(best_path, device)["model"])
 test_loss, test_score = evaluate("test", 10**9), score("test", 10**9, cfg.beam)
+result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), test_loss=test_loss, test_metric=test_score, metric=METRIC, n=len(splits["test"]))
+if master:
+    with open(os.path.join(out, "result.json"), "w") as f:
+        json.dump(result, f, indent=1)
 say(f"{cfg.max_iters} steps in {seconds / 60:.1f} minutes | test loss {test_loss:.4f} | test {METRIC} {test_score:.4f} (n={len(splits['test'])}, best.pt)")
 if world > 1:
     dist.destroy_process_group()
