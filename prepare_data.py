@@ -6,10 +6,11 @@ Turns a data set into a folder of token files that train.py memory-maps.
     python prepare_data.py --dataset=wmt16 --source=DIR                # from a copy in the hub's own layout
     python prepare_data.py --dataset=parallel --source=train.en,train.de
     python prepare_data.py --dataset=text --source=my.txt [--tokenizer=bytes]
+    python prepare_data.py --dataset=imdb
 
 Afterwards data/NAME holds meta.json (sizes, tokenizer, settings) and, for a decoder, train.bin, one stream of tokens;
 for an encoder-decoder train.src.bin, all rows in a line, with train.src.idx, their rows + 1 int64 offsets; the same for
-.tgt, val and test, and test.src.txt, the raw rows, because scores are computed on text.
+.tgt, val and test, and test.src.txt, the raw rows, because scores are computed on text. For an encoder, .src and .label.bin.
 Ids 0, 1, 2 are PAD, BOS, EOS and token t is stored as t + 3; the loader adds BOS and EOS, they are not stored.
 To add a data set, write one function and name it in DATASETS: its parameters are the flags that it takes.
 """
@@ -196,6 +197,22 @@ def write_translation(out, splits, vocab_size, rows=None, seed=None):
     meta = write_encdec(out, train_bpe(splits["train"], vocab_size), splits, cap=256)
     return {"metric": "bleu", **meta, "skipped": {**skipped, **meta["skipped"]}}
 
+def write_labelled(out, spec, splits, classes, block_size):
+    """From {split: (texts, labels)} to one ragged file of tokens and one label a row; a long row is the loader's to cut."""
+    tok, stats = Tokenizer(spec), {}
+    for split, (texts, labels) in splits.items():
+        ids, lengths = tok.encode_rows(texts, split)
+        keep = lengths > 0
+        ids.tofile(out / f"{split}.src.bin")                   # an empty row adds nothing to it
+        np.r_[0, np.cumsum(lengths[keep])].tofile(out / f"{split}.src.idx")
+        np.asarray(labels, dtype=np.int64)[keep].tofile(out / f"{split}.label.bin")
+        stats[split] = {"rows": int(keep.sum()), "tokens": int(lengths.sum()), "longest": int(lengths.max()),
+                        "empty": int((~keep).sum()), "cut": int((lengths > block_size).sum())}
+    skipped = {f"{split}: {what}": s[key] for key, what in (("empty", "empty, skipped"), ("cut", "longer than block_size, cut by the loader"))
+               for split, s in stats.items() if s[key]}
+    return {"arch": "encoder", "metric": "acc", "vocab_size": tok.vocab_size, "dtype": tok.dtype.name, "tokenizer": spec,
+            "n_classes": len(classes), "classes": classes, "block_size": block_size, "splits": stats, "skipped": skipped}
+
 # ---- the data sets: each writes its files into `out` and returns its share of meta.json ----
 
 EN = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -295,7 +312,16 @@ def text(out, source, tokenizer="gpt2"):
     return {"arch": "decoder", "metric": "bpb", "vocab_size": tok.vocab_size, "dtype": tok.dtype.name,
             "block_size": block_size, "splits": stats, "bytes": sizes, "skipped": {}, "tokenizer": {"kind": tokenizer}}
 
-DATASETS = {"numbers": numbers, "multi30k": multi30k, "wmt16": wmt16, "text": text, "parallel": parallel}
+def imdb(out, source=None, seed=1337, rows=None):
+    """IMDB reviews as bytes, negative or positive; val is a tenth of train, so that test chooses nothing."""
+    files = {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}
+    splits = hub(source, "stanfordnlp/imdb", files, lambda row: (row["text"], row["label"]))
+    order = np.random.default_rng(seed).permutation(len(splits["train"]))
+    pairs, k = [splits["train"][i] for i in order], len(order) // 10
+    splits = {"train": pairs[k:][:rows], "val": pairs[:k], "test": splits["test"]}
+    return write_labelled(out, {"kind": "bytes"}, {s: list(zip(*pairs)) for s, pairs in splits.items()}, ["negative", "positive"], 1024)
+
+DATASETS = {"numbers": numbers, "multi30k": multi30k, "wmt16": wmt16, "text": text, "parallel": parallel, "imdb": imdb}
 
 # ---- what train.py and sample.py import ----
 

@@ -163,19 +163,21 @@ if step_rows % world:
     stop(f"--batch_size={cfg.batch_size} * --gradient_accumulation_steps={cfg.gradient_accumulation_steps} rows cannot be shared by {world} processes")
 micro_steps = -(-step_rows // (world * cfg.batch_size))
 tokenizer = Tokenizer(meta["tokenizer"])
-ragged = cfg.arch == "encdec"
+ragged = cfg.arch != "decoder"
 
 
 class Rows:
-    """Sentence pairs of one split, their lengths, and an order that is a function of (seed, step)."""
+    """Sentence pairs, or rows with a label, of one split, and an order that is a function of (seed, step)."""
 
     def __init__(self, split):
-        self.src, self.tgt = (read_ragged(folder, f"{split}.{side}") for side in ("src", "tgt"))
-        self.n_src, self.n_tgt = (np.minimum(np.diff(idx), T_max - 1) + 1 for _, idx in (self.src, self.tgt))  # with eos, cut
+        self.sides = [read_ragged(folder, f"{split}.{side}") for side in (("src", "tgt") if cfg.arch == "encdec" else ("src",))]
+        self.labels = np.memmap(os.path.join(folder, f"{split}.label.bin"), dtype=np.int64, mode="r") if cfg.arch == "encoder" else None
+        room = T_max - 1 if cfg.arch == "encdec" else T_max    # for bos or eos
+        self.lengths = [np.minimum(np.diff(idx), room) for _, idx in self.sides]
         self.epoch, self.plan = None, None
 
     def __len__(self):
-        return len(self.n_src)
+        return len(self.lengths[0])
 
     def at(self, step):
         """The rows of a step: a shuffled epoch, cut in pools that are sorted by length, cut in batches, shuffled."""
@@ -185,17 +187,20 @@ class Rows:
         if epoch != self.epoch:
             rng = np.random.default_rng([cfg.seed, epoch])
             order = rng.permutation(len(self))[:len(self) // step_rows * step_rows]
-            pools = [pool[np.lexsort((self.n_src[pool], self.n_tgt[pool]))] for pool in np.split(order, range(50 * step_rows, len(order), 50 * step_rows))]
+            pools = [pool[np.lexsort([n[pool] for n in self.lengths])] for pool in np.split(order, range(50 * step_rows, len(order), 50 * step_rows))]
             self.epoch, self.plan = epoch, rng.permutation(np.concatenate(pools).reshape(-1, step_rows))
         return self.plan[i]
 
     def batch(self, rows):
-        """-> (idx, targets, src), each padded at its end, and how many targets count."""
-        src, tgt = ([tokens[idx[r]:min(idx[r + 1], idx[r] + T_max - 1)] for r in rows] for tokens, idx in (self.src, self.tgt))
-        return (collate(tgt, head=[BOS]), collate(tgt, tail=[EOS]), collate(src, tail=[EOS])), int(self.n_tgt[rows].sum())
+        """-> (idx, targets, src) or (idx, targets), padded at their ends, and how many targets count."""
+        texts = [[tokens[idx[r]:idx[r] + n[r]] for r in rows] for (tokens, idx), n in zip(self.sides, self.lengths)]
+        if self.labels is not None:
+            return (collate(texts[0]), torch.from_numpy(self.labels[rows])), len(rows)
+        src, tgt = texts
+        return (collate(tgt, head=[BOS]), collate(tgt, tail=[EOS]), collate(src, tail=[EOS])), self.weight(rows)
 
-    def weight(self, rows):
-        return int(self.n_tgt[rows].sum())
+    def weight(self, rows=slice(None)):
+        return len(self.lengths[0][rows]) if self.labels is not None else int((self.lengths[1][rows] + 1).sum())
 
 
 class Stream:
@@ -223,7 +228,7 @@ class Stream:
 
 splits = {s: (Rows if ragged else Stream)(s) for s in ("train", "val", "test")}
 train = splits["train"]
-average = step_rows * (float(np.mean(train.n_tgt)) if ragged else T_max)
+average = step_rows * (train.weight() / len(train) if ragged else T_max)     # targets in a step
 
 
 def to_device(tensors):
@@ -262,13 +267,14 @@ net = torch.compile(model) if compiled else model
 net = DDP(net, device_ids=[local_rank] if device_type == "cuda" else None) if world > 1 else net
 
 n_params, n_mix, n_emb = model.num_params(), model.num_params("mixer") + model.num_params("cross"), model.num_params("wte") + model.num_params("wpe")
-tokens_per_step = step_rows * (int(np.mean(train.n_src) + np.mean(train.n_tgt)) if ragged else T_max)
-flops_per_token = model.flops_per_token(int(np.mean(train.n_tgt)) if ragged else T_max)
+tokens_per_row = [float(np.mean(n)) for n in train.lengths] if ragged else [T_max]
+tokens_per_step = int(step_rows * sum(tokens_per_row))
+flops_per_token = model.flops_per_token(tokens_per_row[-1])
 peak = next((v for k, v in PEAK.items() if device_type == "cuda" and dtype != "float32" and k in torch.cuda.get_device_name()), None)
 say(f"device       {device}" + (f" ({torch.cuda.get_device_name()})" if device_type == "cuda" else f" ({torch.get_num_threads()} threads)") + f", {world} process{'es' * (world > 1)}")
 say(f"dtype        {dtype}" + (" (autocast)" if dtype != "float32" else "") + f", compile {'on' if compiled else 'off'} ({'as asked' if cfg.compile is not None else 'default for ' + device_type})")
-say(f"data         {cfg.dataset}: " + ", ".join(f"{len(d):,} {s}" for s, d in splits.items()) + (" pairs" if ragged else " windows") + f", vocabulary {cfg.vocab_size:,}, block {T_max}")
-say(f"model        {cfg.arch}, {cfg.mixer}" + (f", cross {cfg.cross}" if ragged else "") + f": {n_params:,} parameters ({n_mix:,} in mixers, {n_emb:,} in embeddings)")
+say(f"data         {cfg.dataset}: " + ", ".join(f"{len(d):,} {s}" for s, d in splits.items()) + {"encdec": " pairs", "encoder": " rows", "decoder": " windows"}[cfg.arch] + f", vocabulary {cfg.vocab_size:,}, block {T_max}")
+say(f"model        {cfg.arch}, {cfg.mixer}" + (f", cross {cfg.cross}" if cfg.arch == "encdec" else "") + f": {n_params:,} parameters ({n_mix:,} in mixers, {n_emb:,} in embeddings)")
 for group, name in zip(optimizer.param_groups, ("decay", "no decay")):
     say(f"optimiser    {name}: {len(group['params'])} tensors, {sum(q.numel() for q in group['params']):,} parameters")
 say(f"step         {cfg.batch_size} rows * {cfg.gradient_accumulation_steps} = {step_rows} rows, about {tokens_per_step:,} tokens, {flops_per_token / 1e6:.1f} MFLOP a token")
@@ -300,10 +306,21 @@ def evaluate(split, limit):
     return total / count
 
 
+@torch.no_grad()
 def score(split, limit, beam=1):
-    """The task's own metric, on text that the model decoded: exact match or BLEU against the raw references."""
-    if not ragged:
+    """The task's own metric: bits per byte, accuracy, or, on text that the model decoded, exact match or BLEU."""
+    if cfg.arch == "decoder":
         return evaluate(split, limit) / math.log(2) * meta["splits"][split]["tokens"] / meta["bytes"][split]
+    if cfg.arch == "encoder":
+        model.eval()
+        rows, right = np.arange(min(limit, len(splits[split])))[rank::world], 0
+        for i in range(0, len(rows), cfg.batch_size):
+            idx, targets = to_device(splits[split].batch(rows[i:i + cfg.batch_size])[0])
+            with autocast:
+                right += (model(idx)[0].argmax(-1) == targets).sum().item()
+        model.train()
+        right, n = total_over_ranks(right, len(rows))
+        return right / n
     src, ref = (open(os.path.join(folder, f"{split}.{side}.txt"), encoding="utf-8").read().split("\n")[:min(limit, len(splits[split]))] for side in ("src", "tgt"))
     with autocast:
         mine, _ = translate(model, tokenizer, src[rank::world], beam=beam, batch_size=max(1, 256 // beam))
