@@ -5,8 +5,20 @@ wanted by a few tests, which are skipped without them. The comment at a test's h
 """
 
 import copy
+import csv
+import hashlib
 import io
+import json
 import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -17,7 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as M
+import prepare_data
 from model import ModelConfig, WaveletTransformer, build_cross, build_mixer, daubechies, dwt, haar_dwt, haar_idwt, idwt
+from prepare_data import Tokenizer, de, en
+from sample import load_checkpoint, load_model, translate
 
 each = pytest.mark.parametrize
 pairs = lambda *axes: list(product(*axes))
@@ -612,4 +627,234 @@ def test_random_configurations():  # catches: the combination that nobody listed
     promises()
 
 # -----------------------------------------------------------------------------
-# train.py, prepare_data.py, sample.py, README
+# the scripts, as a user runs them
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = ("--device=cpu --n_embd=16 --n_head=2 --n_layer=1 --batch_size=8 --max_iters=12 --warmup_iters=2 --eval_interval=4 "
+        "--log_interval=1 --eval_rows=16 --metric_rows=2 --dropout=0.1").split()
+
+
+def start(script, *flags, cwd, launcher=()):
+    env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    return subprocess.Popen([sys.executable, *launcher, os.path.join(HERE, script), *flags], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(script, *flags, cwd, code=0, **kw):
+    p = start(script, *flags, cwd=cwd, **kw)
+    out, err = p.communicate(timeout=170)
+    assert p.returncode == code, (p.returncode, out, err)
+    assert "Traceback" not in err, err
+    return out + err
+
+
+def kill_after(step, sig, *flags, cwd, out):
+    """Start train.py and send sig once log.csv has reached a step; -> exit code."""
+    p, path = start("train.py", *flags, cwd=cwd), os.path.join(cwd, out, "log.csv")
+    while p.poll() is None:
+        time.sleep(0.005)
+        if os.path.exists(path) and any(line.startswith(f"{step},") for line in open(path)):
+            p.send_signal(sig)
+            break
+    p.communicate(timeout=60)
+    return p.returncode
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a small numbers data set and one finished run."""
+    d = str(tmp_path_factory.mktemp("work"))
+    prepare_data.prepare("numbers", os.path.join(d, "data"), rows=400)
+    run("train.py", *TINY, "--mixer=haar", "--out_dir=whole", cwd=d)
+    return d
+
+
+def test_killed_and_resumed_equals_undisturbed(work):
+    # catches: data order or dropout from a generator's state, log rows written twice, AdamW state lost, best.pt too late
+    flags = [*TINY, "--mixer=haar", "--out_dir=broken"]
+    assert kill_after(2, signal.SIGINT, *flags, cwd=work, out="broken") == 128 + signal.SIGINT
+    assert kill_after(7, signal.SIGKILL, *flags, "--resume", cwd=work, out="broken") == -signal.SIGKILL
+    run("train.py", *flags, "--resume", cwd=work)
+    whole, broken = os.path.join(work, "whole"), os.path.join(work, "broken")
+    assert open(f"{whole}/log.csv").read() == open(f"{broken}/log.csv").read()
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = (load_checkpoint(f"{d}/{name}") for d in (whole, broken))
+        assert a["iter_num"] == b["iter_num"] and a["best_loss"] == b["best_loss"]
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert torch.equal(a["model"]["wte.weight"], b["model"]["wte.weight"]) and not os.path.exists(f"{broken}/ckpt.pt.tmp")
+
+
+def test_two_processes_equal_one(work):
+    # catches: the mean of per-process means on ragged batches, a rank reading another's rows, unsummed gradients
+    flags = [*TINY, "--mixer=haar", "--dropout=0", "--gradient_accumulation_steps=2", "--max_iters=8"]
+    run("train.py", *flags, "--out_dir=one", cwd=work)
+    run("train.py", *flags, "--out_dir=two", cwd=work, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    one, two = (list(csv.DictReader(open(os.path.join(work, d, "log.csv")))) for d in ("one", "two"))
+    assert [r["step"] for r in one] == [r["step"] for r in two] and len(one) == 11
+    for a, b in zip(one, two):
+        for k in ("loss", "norm", "val_loss", "val_metric"):
+            assert (a[k] == b[k] == "") or abs(float(a[k]) - float(b[k])) < 1e-5, (k, a, b)
+
+
+def test_resume_refuses_another_model_and_keeps_earlier_runs(work):
+    # catches: weights silently left at their init, a finished run overwritten
+    said = run("train.py", "--resume", "--out_dir=whole", "--n_layer=2", cwd=work, code=1)
+    assert "n_layer: 1 in the checkpoint, 2 now" in said and said.count("\n") == 1
+    before = open(os.path.join(work, "whole", "log.csv")).read()
+    shutil.copytree(os.path.join(work, "whole"), os.path.join(work, "again"))
+    run("train.py", *TINY, "--mixer=haar", "--out_dir=again", "--max_iters=1", cwd=work)
+    assert open(os.path.join(work, "again.1", "log.csv")).read() == before
+    assert run("train.py", "--resume", "--out_dir=nowhere", cwd=work, code=1).startswith("nowhere/ckpt.pt does not exist")
+
+
+def test_sample_lines_in_lines_out(work):
+    # catches: order lost by length-batching, an empty line dropped, a line separator inside an answer, a cut not told
+    lines = ["seven", "", "  ", "one hundred and two", "x" * 300, "emoji 🙂", "eins\u2028zwei", "\u0000"]
+    with open(os.path.join(work, "a.en"), "w", newline="") as f:
+        f.write("\ufeff" + "\r\n".join(lines) + "\r\n")
+    said = run("sample.py", "--out_dir=whole", "--input=a.en", "--output=a.de", "--max_new_tokens=8", "--device=cpu", cwd=work)
+    got = open(os.path.join(work, "a.de"), encoding="utf-8").read().split("\n")
+    assert len(got) == len(lines) + 1 and got[-1] == "" and got[1] == got[2] == "" and "1 of 8 inputs" in said
+    model, tokenizer, _ = load_model(os.path.join(work, "whole", "best.pt"))
+    alone = [translate(model, tokenizer, [t], max_new_tokens=8)[0][0] for t in lines]
+    assert [" ".join(a.splitlines()) for a in alone] == got[:-1]
+    for extra in ("--beam=3", "--temperature=0.7"):
+        assert run("sample.py", "--out_dir=whole", "--start=one\ntwo", "--max_new_tokens=5", extra, cwd=work).count("\n") == 1
+
+
+def test_decoder_from_text(work):
+    # catches: bits per byte from token counts, a decoder that trains on its own labels
+    with open(os.path.join(work, "t.txt"), "w") as f:
+        f.write("".join(f"{i} little words, {en(i)}.\n" for i in range(1500)))
+    prepare_data.prepare("text", os.path.join(work, "data"), source=os.path.join(work, "t.txt"), tokenizer="bytes")
+    flags = [*TINY, "--dataset=text", "--block_size=32", "--out_dir=text", "--mixer=haar"]
+    assert "leaks" in run("train.py", *flags, "--haar_causal=literal", cwd=work, code=1)
+    said = run("train.py", *flags, cwd=work)
+    loss, bpb = (float(re.search(rf"test {what} ([\d.]+)", said)[1]) for what in ("loss", "bits per byte"))
+    assert abs(bpb - loss / math.log(2)) < 1e-3                # bytes: one token each
+    assert "little" in run("sample.py", "--out_dir=text", "--start=0 little", "--max_new_tokens=5", cwd=work)
+
+
+WRONG = [
+    ("train.py --mixr=wersa", 2, "--mixer"), ("train.py --mixer=wers", 2, "--mixer"), ("train.py --n_head=3", 2, "--n_head"),
+    ("train.py --compile=maybe", 2, "--compile"), ("train.py --max_iters=ten", 2, "--max_iters"), ("train.py --levels=99", 2, "--levels"),
+    ("train.py --dataset=nombres", 1, "numbers"), ("train.py --dataset=../data", 1, "--dataset"), ("train.py --arch=decoder", 1, "--arch"),
+    ("train.py --batch_size=0", 2, "--batch_size"), ("train.py --mixer=fourier", 2, "fourier"), ("train.py --max_iters=-1", 2, "--max_iters"),
+    ("sample.py", 2, "--start"), ("sample.py --start=a --out_dir=none", 1, "none/best.pt does not exist"),
+    ("sample.py --start=a --out_dir=whole --ckpt=log.csv", 1, "damaged"), ("sample.py --input=none --out_dir=whole", 1, "none cannot be read"),
+    ("sample.py --start=a --beam=0", 2, "--beam"), ("prepare_data.py --dataset=multi", 2, "multi30k"),
+    ("prepare_data.py --dataset=text --data_dir=none", 1, "--source"), ("prepare_data.py --dataset=multi30k --source=.", 1, "train.jsonl"),
+]
+
+
+def test_wrong_input_is_one_line(work):
+    # catches: tracebacks, silent defaults, messages that do not say what to change
+    def said(wrong):
+        script, *flags = wrong[0].split()
+        return run(script, *flags, cwd=work, code=wrong[1])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:           # most of each is importing torch
+        for (command, _, word), text in zip(WRONG, pool.map(said, WRONG)):
+            assert word in text and len(text.strip().splitlines()) == 1, (command, text)
+
+
+def test_a_strangers_checkpoint_runs_nothing(work):
+    # catches: torch.load without weights_only
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (os.path.join(work, "pwned"),)
+    torch.save({"format": 1, "model": Evil()}, os.path.join(work, "evil.pt"))
+    assert "damaged or not a checkpoint" in run("sample.py", "--start=a", "--out_dir=.", "--ckpt=evil.pt", cwd=work, code=1)
+    assert not os.path.exists(os.path.join(work, "pwned"))
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def test_number_names():
+    # catches: "einsundzwanzig", "eintausendeinhundert" lost, a missing British "and"
+    for n, e, d in [(0, "zero", "null"), (1, "one", "eins"), (21, "twenty-one", "einundzwanzig"), (101, "one hundred and one", "einhunderteins"),
+                    (421, "four hundred and twenty-one", "vierhunderteinundzwanzig"), (1001, "one thousand and one", "eintausendeins"),
+                    (17000, "seventeen thousand", "siebzehntausend"), (101000, "one hundred and one thousand", "einhunderteintausend"),
+                    (312405, "three hundred and twelve thousand four hundred and five", "dreihundertzwölftausendvierhundertfünf"),
+                    (2300001, "two million three hundred thousand and one", "zwei Millionen dreihunderttausendeins")]:
+        assert (en(n), de(n)) == (e, d)
+    assert len({de(n) for n in range(20000)}) == len({en(n) for n in range(20000)}) == 20000
+
+
+def test_numbers_are_the_same_everywhere(tmp_path):
+    # catches: order of a set or dict, a seed not used, held-out values in training
+    digest = lambda d: hashlib.sha256(b"".join(open(os.path.join(d, f), "rb").read() for f in sorted(os.listdir(d)) if f != "meta.json")).hexdigest()
+    a, b, c = (prepare_data.prepare("numbers", str(tmp_path / str(i)), rows=2000, seed=s) for i, s in enumerate((1337, 1337, 7)))
+    assert digest(a) == digest(b) != digest(c)
+    assert digest(a)[:16] == "174afb97677d9f13"
+    tok = Tokenizer(prepare_data.load_meta(a)["tokenizer"])
+    ids, idx = prepare_data.read_ragged(a, "train.src")
+    train = {tok.decode(ids[i:j]) for i, j in zip(idx, idx[1:])}
+    for split in ("val", "test"):
+        rows = open(os.path.join(a, f"{split}.src.txt")).read().split("\n")[:-1]
+        assert len(set(rows)) == 1000 and not train & set(rows)
+
+
+def test_translation_data_from_the_hubs_layout(tmp_path):
+    # catches: a BPE that has seen the test set, lost umlauts, rows with an empty side, sides drifting apart
+    for split, n in (("train", 60), ("val", 5), ("test", 5)):
+        rows = [dict(en=f"{split} sentence {i}: {en(i)}.", de=f"Satz {i}: {de(i)}, größer.") for i in range(n)] + [dict(en="x", de="")] * (split == "train")
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
+    folder = prepare_data.prepare("multi30k", str(tmp_path / "data"), source=str(tmp_path), vocab_size=300)
+    meta = prepare_data.load_meta(folder)
+    assert meta["splits"]["train"]["rows"] == 60 and sum(meta["skipped"].values()) == 1 and meta["vocab_size"] <= 300
+    tok = Tokenizer(json.loads(json.dumps(meta["tokenizer"])))
+    ids, idx = prepare_data.read_ragged(folder, "val.tgt")
+    assert [tok.decode(ids[i:j]) for i, j in zip(idx, idx[1:])] == open(f"{folder}/val.tgt.txt").read().split("\n")[:-1]
+    assert tok.decode(tok.encode("neue Wörter 🙂")) == "neue Wörter 🙂"
+
+
+def test_imdb_from_the_hubs_layout_trains_an_encoder(tmp_path):
+    # catches: a test row that chose the checkpoint, labels out of step with skipped rows, accuracy over a batch only
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "plain_text").mkdir()
+    word = lambda i: ("good " if i % 2 else "bad ") * (1 + i % 3)
+    for split, n in (("train", 200), ("test", 40)):
+        texts = [word(i) + f"{split} {i}" for i in range(n)] + [""]
+        pq.write_table(pa.table({"text": texts, "label": [i % 2 for i in range(n)] + [0]}), tmp_path / "plain_text" / f"{split}-00000-of-00001.parquet")
+    folder = prepare_data.prepare("imdb", str(tmp_path / "data"), source=str(tmp_path))
+    meta = prepare_data.load_meta(folder)
+    assert [meta["splits"][s]["rows"] for s in ("train", "val", "test")] == [180, 20, 40] or sum(meta["skipped"].values()) == 2
+    said = run("train.py", *TINY, "--dataset=imdb", "--mixer=wersa", "--block_size=32", "--max_iters=100", "--log_interval=50", "--eval_interval=50",
+               "--learning_rate=5e-3", "--metric_rows=40", "--out_dir=out", cwd=tmp_path)
+    assert float(re.search(r"test accuracy ([\d.]+) \(n=40", said)[1]) > 0.95
+    assert run("sample.py", "--start=good good movie", cwd=tmp_path).startswith("positive\t")
+
+
+def test_damaged_data_is_one_line(tmp_path):
+    # catches: a truncated file read as a shorter data set
+    folder = prepare_data.prepare("numbers", str(tmp_path), rows=100)
+    with open(f"{folder}/train.src.bin", "ab") as f:
+        f.write(b"x")
+    with pytest.raises(SystemExit, match="train.src.bin is missing or has a wrong size"):
+        prepare_data.load_meta(folder)
+    (tmp_path / "a").write_text("one\ntwo\nthree\n"), (tmp_path / "b").write_text("eins\nzwei\n"), (tmp_path / "c").write_bytes(b"ab\xff")
+    for source, words in ((f"{tmp_path}/a,{tmp_path}/b", "3 lines and .*2"), (f"{tmp_path}/a,{tmp_path}/c", "not UTF-8"), (f"{tmp_path}/a,{tmp_path}/none", "no .*none")):
+        with pytest.raises(SystemExit, match=words):
+            prepare_data.prepare("parallel", str(tmp_path), source=source)
+    assert not os.path.exists(tmp_path / "parallel") and not [f for f in os.listdir(tmp_path) if "tmp" in f]
+
+
+# -----------------------------------------------------------------------------
+# README
+
+
+def test_readme_commands_parse_and_the_snippet_runs():
+    # catches: a renamed flag, a snippet that has gone stale
+    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    commands = re.findall(r"^(?:\$ )?(?:.*&& )?(?:python|torchrun .*?) ?((?:train|sample|prepare_data|bench)\.py.*?)(?: +#.*)?$", readme, re.M)
+    assert len(commands) >= 6
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        scripts = sorted({c.split()[0] for c in commands})
+        flags = {s: set(re.findall(r"--\w+", text)) for s, text in zip(scripts, pool.map(lambda s: run(s, "--help", cwd=HERE), scripts))}
+    for c in commands:
+        script, *words = shlex.split(c)
+        assert {w.split("=")[0] for w in words if w.startswith("--")} <= flags[script], c
+    snippet = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    exec(compile(snippet, "README.md", "exec"), {})
