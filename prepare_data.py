@@ -431,6 +431,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.to = self
+        sys.excepthook = lambda kind, *rest: (print("stopped", file=sys.stderr) if kind is KeyboardInterrupt
+                                              else sys.__excepthook__(kind, *rest))
 
     def section(self, title):
         self.to = self.add_argument_group(title)

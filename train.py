@@ -35,7 +35,7 @@ from sample import FORMAT, collate, load_checkpoint, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
-    "gpu": dict(n_layer=4, n_head=8, n_embd=512, dropout=0.1, batch_size=256, learning_rate=6e-4, max_iters=20000, warmup_iters=1000, eval_interval=1000),
+    "gpu": dict(n_layer=4, n_head=8, n_embd=256, dropout=0.1, batch_size=256, learning_rate=1e-3, max_iters=3000, warmup_iters=300, eval_interval=500),
     "lmwt-base": dict(mixer="haar", dataset="wmt16", n_layer=6, n_head=8, n_embd=512, dropout=0.1, batch_size=128, gradient_accumulation_steps=4,
                       learning_rate=5e-4, max_iters=100000, warmup_iters=4000, eval_interval=2000),
     "wersa-imdb": dict(mixer="wersa", arch="encoder", n_layer=2, n_head=4, n_embd=128, n_features=1024, dropout=0.1, block_size=1024, batch_size=32, max_iters=8000),
@@ -145,6 +145,8 @@ except ValueError as e:
 if ckpt:
     old, new = ckpt["model_args"], dataclasses.asdict(model_cfg)
     changed = [f"{k}: {old.get(k)} in the checkpoint, {new[k]} now" for k in new if k not in ("dropout", "label_smoothing") and old.get(k) != new[k]]
+    if [ckpt["meta"][k] for k in ("files", "tokenizer")] != [meta[k] for k in ("files", "tokenizer")]:
+        stop(f"{folder} is not the data set that this run began with: prepare that one again, or start a new run with --out_dir")
     if changed:
         stop(f"--resume cannot change the model ({'; '.join(changed)}): leave these flags out, or start a new run with --out_dir")
 if cfg.arch != "encoder" and cfg.mixer == "haar" and cfg.haar_causal == "literal" and not cfg.leak:
@@ -307,10 +309,10 @@ def evaluate(split, limit):
 
 
 @torch.no_grad()
-def score(split, limit, beam=1):
+def score(split, loss, limit, beam=1):
     """The task's own metric: bits per byte, accuracy, or, on text that the model decoded, exact match or BLEU."""
     if cfg.arch == "decoder":
-        return evaluate(split, limit) / math.log(2) * meta["splits"][split]["tokens"] / meta["bytes"][split]
+        return loss / math.log(2) * meta["splits"][split]["tokens"] / meta["bytes"][split]
     if cfg.arch == "encoder":
         model.eval()
         rows, right = np.arange(min(limit, len(splits[split])))[rank::world], 0
@@ -414,7 +416,8 @@ first, val_loss = iter_num, math.inf
 batches, size = micro_batches(iter_num)
 while True:
     if (iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters) and not evaluated:
-        val_loss, val_metric = evaluate("val", cfg.eval_rows), score("val", cfg.metric_rows)
+        val_loss = evaluate("val", cfg.eval_rows)
+        val_metric = score("val", val_loss, cfg.metric_rows)
         best_loss = min(best_loss, val_loss)
         say(f"step {iter_num:05d}/{cfg.max_iters:05d} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}" + (" | best" if val_loss == best_loss else ""))
         log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
@@ -464,7 +467,8 @@ seconds += time.time() - t_start
 if world > 1:
     dist.barrier()
 model.load_state_dict(load_checkpoint(best_path, device)["model"])
-test_loss, test_score = evaluate("test", 10**9), score("test", 10**9, cfg.beam)
+test_loss = evaluate("test", 10**9)
+test_score = score("test", test_loss, 10**9, cfg.beam)
 result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), test_loss=test_loss, test_metric=test_score, metric=METRIC, n=len(splits["test"]))
 if master:
     with open(os.path.join(out, "result.json"), "w") as f:
