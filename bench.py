@@ -91,7 +91,11 @@ def variants(args):
 # quality
 
 TEXT = "--dataset=text --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40 --eval_interval=200 --metric_rows=400".split()
+PAIR = "--dataset=multi30k --n_layer=3 --dropout=0.1 --label_smoothing=0.1 --batch_size=128 --max_iters=2500 --eval_interval=500 --beam=4".split()
+MIX = {m: [f"--mixer={m}"] for m in ("wersa", "haar", "attention", "wavspa")}
 SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's width makes its parameters match the first's
+    "numbers": dict(seeds=(1337,), rates=(2e-3,), base=[], arms={**MIX, "wavspa": ["--mixer=wavspa", "--levels=2"]}),
+    "multi30k": dict(seeds=(1337,), rates=(2e-3,), base=PAIR, arms={**MIX, "haar, attention cross": ["--mixer=haar", "--cross=attention"], "haar, wersa cross": ["--mixer=haar", "--cross=wersa"]}),
     "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
@@ -106,8 +110,8 @@ COLUMNS = ["suite", "arm", "seed", "learning_rate", "params", "steps", "seconds"
 
 def quality(args):
     suite, path = SUITES[args.suite], HERE / "results" / f"{args.suite}.csv"
-    if args.source and not (Path(args.data_dir) / "text" / "meta.json").exists():
-        prepare("text", args.data_dir, source=args.source, tokenizer="bytes")
+    name = next((f.split("=")[1] for f in suite["base"] if f.startswith("--dataset=")), "numbers")
+    prepare(name, args.data_dir, source=args.source, tokenizer="bytes" if name == "text" else None)
     done = {(r["arm"], r["seed"], r["learning_rate"]) for r in csv.DictReader(open(path))} if path.exists() else set()
     todo = [(arm, seed, rate) for seed in suite["seeds"] for rate in suite["rates"] for arm in suite["arms"] if (arm, str(seed), str(rate)) not in done]
     git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
@@ -160,7 +164,7 @@ if __name__ == "__main__":
     p = Parser(description=__doc__)
     p.add("what", choices=["variants", "quality", "report"], help="what to measure")
     p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings")
-    p.add("--source", help="a plain text, for suites on --dataset=text")
+    p.add("--source", help="where the suite's data set comes from: a text for decoders, a folder for multi30k")
     p.add("--data_dir", default="data")
     p.add("--jobs", type=int, default=1, help="trainings at a time, sharing the cores")
     args = p.parse_args()
