@@ -687,7 +687,7 @@ def phi(x, R, kind):
     u = x @ R
     if kind == "relu":
         return u.relu_()
-    return u.sub_(x.square().sum(-1, keepdim=True) / 2).exp_().div_(math.sqrt(R.size(1)))
+    return u.sub_(x.square().sum(-1, keepdim=True) / 2 + math.log(R.size(1)) / 2).exp_()
 
 
 def phi_backward(x, R, kind, f, df):
@@ -864,16 +864,15 @@ class Wersa(Attention):
                 mean, means = q.cumsum(1) / n.cumsum(1).clamp(min=1), trailing_means(qk, self.L)
             else:
                 mean, means = q.sum(1, keepdim=True) / n.sum(1, keepdim=True).clamp(min=1), block_means(qk, self.L)
-            qk = self.wavelet(self.split(qk), means, self.gains(mean.to(x.dtype)))
-        q, k = (u.transpose(1, 2) for u in self.split(qk).unbind(2))                       # (B, H, T, dh)
+        qk = qk.unflatten(-1, (2, self.n_head, -1))                                        # (B, T, 2, H, dh)
+        if self.L:
+            qk = self.wavelet(qk, means, self.gains(mean.to(x.dtype)))
+        q, k = (u.transpose(1, 2) for u in qk.unbind(2))                                   # (B, H, T, dh)
         q, k = self.rotate(q, k, torch.arange(x.size(1), device=x.device) if pos is None else pos)
         with torch.autocast(x.device.type, enabled=False):
             q, k, u, R = self.scaled(q), self.scaled(k), self.ones(self.heads(v), mask), self.R.float()
             y = CausalRead.apply(q, k, u, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, u, R, self.map), R, self.map)
         return self.out(self.ratio_of(y, v))
-
-    def split(self, qk):                                       # (..., 2C) -> (..., 2, H, dh)
-        return qk if qk.size(-1) == self.R.size(0) and qk.dim() > 4 else qk.unflatten(-1, (2, self.n_head, -1))
 
     def init_state(self, batch_size, device=None, dtype=None):
         H, (dh, m) = self.n_head, self.R.shape
@@ -885,11 +884,9 @@ class Wersa(Attention):
         t, S, total, past = state
         qk, v = self.c_attn(x_t).split([2 * x_t.size(-1), x_t.size(-1)], -1)
         total = total + qk.chunk(2, -1)[0].float()
+        means, qk = trailing_means(qk, self.L, Ring(past, t)), qk.unflatten(-1, (2, self.n_head, -1))
         if self.L:
-            means = trailing_means(qk, self.L, Ring(past, t))
-            qk = self.wavelet(qk.unflatten(-1, (2, self.n_head, -1)), means, self.gains((total / (t + 1)).to(x_t.dtype)))
-        else:
-            qk = qk.unflatten(-1, (2, self.n_head, -1))
+            qk = self.wavelet(qk, means, self.gains((total / (t + 1)).to(x_t.dtype)))
         q, k = (u[:, :, None] for u in qk.unbind(1))                                       # (B, H, 1, dh)
         q, k = self.rotate(q, k, torch.tensor([t if pos is None else pos], device=x_t.device))
         with torch.autocast(x_t.device.type, enabled=False):
