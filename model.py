@@ -680,22 +680,20 @@ def trailing_means(x, levels, delay=delayed):
     return out
 
 
-def phi(x, R, kind):
+def phi(x, R, kind, query=False):
     """Positive random features of x (..., dh), R (dh, m) -> (..., m). relu: ReLU(x R), the arc-cosine kernel of order 1;
-    exp: exp(x R - |x|^2 / 2) / sqrt(m), whose mean over R is exp(q.k); its exponent never passes |R|^2 / 2, so keys need
-    no running maximum, which would leak."""
+    exp: exp(x R - |x|^2 / 2) / sqrt(m), whose mean over R is exp(q.k). Its exponent never passes |R|^2 / 2, so keys need
+    no running maximum, which would leak; a query's own factor cancels, so its largest feature is set to 1 instead."""
     u = x @ R
     if kind == "relu":
         return u.relu_()
-    return u.sub_(x.square().sum(-1, keepdim=True) / 2 + math.log(R.size(1)) / 2).exp_()
+    return u.sub_(u.amax(-1, keepdim=True).detach() if query else x.square().sum(-1, keepdim=True) / 2 + math.log(R.size(1)) / 2).exp_()
 
 
-def phi_backward(x, R, kind, f, df):
+def phi_backward(x, R, kind, f, df, query=False):
     """Gradient of phi at x, given its value f and the gradient df that arrives there (overwritten)."""
-    if kind == "relu":
-        return df.mul_(f > 0) @ R.T
-    df = df.mul_(f)
-    return df @ R.T - x * df.sum(-1, keepdim=True)
+    df = df.mul_(f > 0) if kind == "relu" else df.mul_(f)
+    return df @ R.T if kind == "relu" or query else df @ R.T - x * df.sum(-1, keepdim=True)
 
 
 def blocks(x, m):
@@ -748,7 +746,7 @@ class Read(torch.autograd.Function):
         rows, times = blocks(q, R.size(1))
         for n in rows:
             for t in times:
-                y[n, t] = phi(q[n, t], R, kind) @ S[n]
+                y[n, t] = phi(q[n, t], R, kind, True) @ S[n]
         return y
 
     @staticmethod
@@ -758,9 +756,9 @@ class Read(torch.autograd.Function):
         rows, times = blocks(q, R.size(1))
         for n in rows:
             for t in times:
-                f = phi(q[n, t], R, kind)
+                f = phi(q[n, t], R, kind, True)
                 dS[n].baddbmm_(f.mT, dy[n, t])
-                dq[n, t] = phi_backward(q[n, t], R, kind, f, dy[n, t] @ S[n].mT)
+                dq[n, t] = phi_backward(q[n, t], R, kind, f, dy[n, t] @ S[n].mT, True)
         return dq, dS, None, None
 
 
@@ -776,7 +774,7 @@ class CausalRead(torch.autograd.Function):
         for n in rows:
             S = 0
             for t in times:
-                fq, fk = phi(q[n, t], R, kind), phi(k[n, t], R, kind)
+                fq, fk = phi(q[n, t], R, kind, True), phi(k[n, t], R, kind)
                 y[n, t] = (fq @ fk.mT).tril_() @ v[n, t] + (fq @ S if t.start else 0)
                 S = S + fk.mT @ v[n, t] if t is not times[-1] else None
         return y
@@ -789,13 +787,13 @@ class CausalRead(torch.autograd.Function):
         for n in rows:
             S = dS = 0
             for t in times:
-                fq, fk, da = phi(q[n, t], R, kind), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
+                fq, fk, da = phi(q[n, t], R, kind, True), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
                 df = da @ fk + (dy[n, t] @ S.mT if t.start else 0)
-                dq[n, t] = phi_backward(q[n, t], R, kind, fq, df)
+                dq[n, t] = phi_backward(q[n, t], R, kind, fq, df, True)
                 S = S + fk.mT @ v[n, t] if t is not times[-1] else None
             for t in reversed(times):
                 if len(times) > 1:                             # else they are still here
-                    fq, fk, da = phi(q[n, t], R, kind), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
+                    fq, fk, da = phi(q[n, t], R, kind, True), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
                 late = t is not times[-1]
                 dv[n, t] = (fq @ fk.mT).tril_().mT @ dy[n, t] + (fk @ dS if late else 0)
                 df = da.mT @ fq + (v[n, t] @ dS.mT if late else 0)
@@ -892,7 +890,7 @@ class Wersa(Attention):
         with torch.autocast(x_t.device.type, enabled=False):
             R = self.R.float()
             S = S + (phi(self.scaled(k), R, self.map).mT @ self.ones(self.heads(v[:, None]))).unflatten(0, (-1, self.n_head))
-            y = phi(self.scaled(q), R, self.map) @ S.flatten(0, 1)
+            y = phi(self.scaled(q), R, self.map, True) @ S.flatten(0, 1)
         return self.out(self.ratio_of(y, v))[:, 0], (t + 1, S, total, past)
 
 
