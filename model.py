@@ -189,14 +189,15 @@ def fir(x, taps):
 
 
 def synthesize(a, d, h, g, n=None):
-    """x[2k + m] += h[m] a[k] + g[m] d[k], periodic: the transpose of analysis with (h, g), hence its inverse when the
+    """x[2k - p + m] += h[m] a[k] + g[m] d[k], p = F/2 - 1, periodic: the transpose of analyze, hence its inverse when the
     pair is orthonormal. a, d (..., K, C) -> (..., 2K, C); n: K, or the rows' own counts as a (B,) tensor."""
-    p, n = len(h) // 2 - 1, a.size(-2) if n is None else n
+    p, n, K, both = len(h) // 2 - 1, a.size(-2) if n is None else n, a.size(-2), []
+    e = (p + 1) // 2                                           # reach on either side, in coefficients
     if p > 0:
-        a, d = (extend(v, p, 0, n, n)[..., :p + v.size(-2), :] for v in (a, d))
-    K, both = a.size(-2) - p, []
-    for r in (0, 1):
-        both.append(sum(h[2 * q + r] * a[..., p - q:p - q + K, :] + g[2 * q + r] * d[..., p - q:p - q + K, :] for q in range(p + 1)))
+        a, d = (extend(v, e, e, n, n)[..., :K + 2 * e, :] for v in (a, d))
+    for r in (p, p + 1):
+        taps = [(2 * q + r % 2, slice(e + r // 2 - q, e + r // 2 - q + K)) for q in range(p + 1)]
+        both.append(sum(h[m] * a[..., k, :] + g[m] * d[..., k, :] for m, k in taps))
     return torch.stack(both, -2).flatten(-3, -2)
 
 
@@ -248,7 +249,10 @@ def idwt(bands, h, n=None):
 
 
 def analyze(x, h, g, n):
-    x = extend(x, 0, len(h) - 2, n, n + n % 2)
+    """One level: a[k] = sum_m h[m] x[2k - p + m], p = F/2 - 1, periodic, and d[k] with g. The filter is centred on its
+    pair of samples, as PyWavelets does it: starting at 2k instead would be an odd shift for every second wavelet."""
+    p = len(h) // 2 - 1
+    x = extend(x, p, p, n, n + n % 2)
     return fir(x, h), fir(x, g)
 
 
@@ -898,8 +902,8 @@ def random_features(dh, m, orthogonal=False):
     """R (dh, m), columns N(0, I); orthogonal: blocks of dh orthogonal columns with the same length distribution."""
     R = torch.randn(dh, m)
     if orthogonal:
-        blocks = [torch.linalg.qr(torch.randn(dh, dh))[0] for _ in range(-(-m // dh))]
-        R = torch.cat(blocks, 1)[:, :m] * R.norm(dim=0)
+        qr = [torch.linalg.qr(torch.randn(dh, dh)) for _ in range(-(-m // dh))]            # its signs are not uniform: repaired
+        R = torch.cat([q * r.diagonal().sign() for q, r in qr], 1)[:, :m] * R.norm(dim=0)
     return R
 
 
