@@ -128,6 +128,7 @@ def quality(args):
             result = json.load(open(f"{out}/run/result.json"))
         row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate, git=git, torch=torch.__version__, threads=threads,
                    machine=platform.processor() or platform.machine(), flags=" ".join(flags[:-1]))
+        path.parent.mkdir(exist_ok=True)
         new = not path.exists()
         with open(path, "a", newline="") as f:
             w = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
