@@ -10,6 +10,7 @@ A checkpoint carries its tokenizer, so nothing else is needed; one that was trai
 """
 
 import os
+import signal
 import sys
 
 import numpy as np
@@ -103,6 +104,8 @@ def main():
         p.error(f"--temperature={args.temperature} must be at least 0")
     if not args.start and args.input is None and not args.show:
         p.error('say what to read: --start="some text", --start=FILE:name or --input=FILE')
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # | head is no error
     torch.manual_seed(args.seed)
     model, tokenizer, meta = load_model(os.path.join(args.out_dir, args.ckpt), args.device)
     arch = model.config.arch

@@ -38,7 +38,7 @@ PRESETS = {  # flags on the command line come first, then the preset, then what 
     "gpu": dict(n_layer=4, n_head=8, n_embd=256, dropout=0.1, batch_size=256, learning_rate=1e-3, max_iters=3000, warmup_iters=300, eval_interval=500),
     "lmwt-base": dict(mixer="haar", dataset="wmt16", n_layer=6, n_head=8, n_embd=512, dropout=0.1, batch_size=128, gradient_accumulation_steps=4,
                       learning_rate=5e-4, max_iters=100000, warmup_iters=4000, eval_interval=2000),
-    "wersa-imdb": dict(mixer="wersa", arch="encoder", n_layer=2, n_head=4, n_embd=128, n_features=1024, dropout=0.1, block_size=1024, batch_size=32, max_iters=8000),
+    "wersa-imdb": dict(mixer="wersa", dataset="imdb", arch="encoder", n_layer=2, n_head=4, n_embd=128, n_features=1024, dropout=0.1, block_size=1024, batch_size=32, max_iters=8000),
     "wavspa-lra": dict(mixer="wavspa", arch="encoder", wavelet_params="ada", levels=2, n_layer=4, n_head=4, n_embd=128, dropout=0.1, batch_size=32, max_iters=10000),
 }
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}  # dense 16-bit FLOP/s
