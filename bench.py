@@ -10,7 +10,6 @@ A suite's rows that are already in its CSV are skipped, so it may be stopped at 
 
 import csv
 import json
-import math
 import os
 import platform
 import statistics
@@ -150,8 +149,8 @@ def table(path):
     mean = lambda rs: statistics.mean(float(r["test_metric"]) for r in rs)
     for arm, rates in arms.items():
         rate, rs = (min if lower else max)(rates.items(), key=lambda kv: mean(kv[1]))
-        std = statistics.stdev(float(r["test_metric"]) for r in rs) if len(rs) > 1 else math.nan
-        lines.append((mean(rs), f"| {arm} | {int(rs[0]['params']):,} | {mean(rs):.3f} ± {std:.3f} | {len(rs)} | {rate} | {statistics.median(float(r['seconds']) for r in rs):.0f} |"))
+        std = f" ± {statistics.stdev(float(r['test_metric']) for r in rs):.3f}" if len(rs) > 1 else ""
+        lines.append((mean(rs), f"| {arm} | {int(rs[0]['params']):,} | {mean(rs):.3f}{std} | {len(rs)} | {rate} | {statistics.median(float(r['seconds']) for r in rs):.0f} |"))
     head = [f"| arm | parameters | {rows[0]['metric']}, test | n | learning rate | seconds |", "|---|---|---|---|---|---|"]
     return "\n".join(head + [line for _, line in sorted(lines, reverse=not lower)])
 
