@@ -94,6 +94,7 @@ PAIR = "--dataset=multi30k --n_layer=3 --dropout=0.1 --label_smoothing=0.1 --bat
 MIX = {m: [f"--mixer={m}"] for m in ("wersa", "haar", "attention", "wavspa")}
 SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's width makes its parameters match the first's
     "numbers": dict(seeds=(1337,), rates=(2e-3,), base=[], arms={**MIX, "wavspa": ["--mixer=wavspa", "--levels=2"]}),
+    "positions": dict(seeds=(1337,), rates=(2e-3,), base=["--mixer=wersa"], arms={p: [f"--pos={p}"] for p in ("rope", "learned", "none")}),
     "multi30k": dict(seeds=(1337,), rates=(2e-3,), base=PAIR, arms={**MIX, "haar, attention cross": ["--mixer=haar", "--cross=attention"], "haar, wersa cross": ["--mixer=haar", "--cross=wersa"]}),
     "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, arms={
         "attention": ["--mixer=attention"],
