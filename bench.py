@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from model import MIXERS, ModelConfig, Wavspa, build_mixer, _dwt, _idwt, dwt, idwt, lift_merge, lift_split
+from model import ModelConfig, Wavspa, build_mixer
 from prepare_data import Parser, prepare
 
 HERE = Path(__file__).resolve().parent
@@ -58,11 +58,7 @@ def reconstruction(m, x):
         return None
     for q in m.parameters():
         q.data.add_(0.3 * torch.randn_like(q))
-    if m.kind == "lift":
-        bands = _dwt(x, m.L, x.size(1), lambda x, n: lift_split(x, m.lift, n))
-        return (_idwt(bands, x.size(1), lambda a, d, n: lift_merge(a, d, m.lift, n)) - x).abs().max().item()
-    h = m.filters()[0]
-    return (idwt(dwt(x, h, m.L), h, x.size(1)) - x).abs().max().item()
+    return m.reconstruction_error(x)
 
 
 @torch.no_grad()

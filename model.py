@@ -21,8 +21,9 @@ masked positions change nothing at real ones, step equals the parallel form, any
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 import torch
 import torch.nn as nn
@@ -201,35 +202,41 @@ def synthesize(a, d, h, g, n=None):
     return torch.stack(both, -2).flatten(-3, -2)
 
 
-def _half(n):
-    return (n + 1) // 2
-
-
 def _as_taps(h, x):
     h = torch.as_tensor(h).to(x)
     check(h.size(0) % 2 == 0, f"a wavelet filter needs an even number of taps, this one has {h.size(0)}")
     return h
 
 
-def _dwt(x, levels, n, split):
-    """The cascade: split(x, n) -> (a, d) applied to a again and again -> [a_L, d_L, ..., d_1]."""
+def cascade(a, levels, split):
+    """The pyramid that every transform here is: a, d = split(a, l), l = 0 .. levels - 1 -> [d_1, ..., d_L, a_L]."""
     bands = []
-    for _ in range(levels):
-        x, d = split(x, n)
+    for l in range(levels):
+        a, d = split(a, l)
         bands.append(d)
-        n = _half(n)
-    return [x] + bands[::-1]
+    return bands + [a]
+
+
+def counts(n, levels):
+    """[n, ceil(n / 2), ceil(n / 4), ...]: what is left of n samples, an int or a tensor, after 0 .. levels halvings."""
+    out = [n]
+    for _ in range(levels):
+        out.append((out[-1] + 1) // 2)
+    return out
+
+
+def _dwt(x, levels, n, split):
+    """split(x, count) -> (a, d) over and over, rows of n samples (int or (B,)) -> [a_L, d_L, ..., d_1]."""
+    n = counts(n, levels)
+    return cascade(x, levels, lambda a, l: split(a, n[l]))[::-1]
 
 
 def _idwt(bands, n, merge):
     """_dwt undone: merge(a, d, count) -> x; n is the int or (B,) length of the result, or None for all there is."""
-    x = bands[0]
-    for i, d in enumerate(bands[1:]):
-        below = len(bands) - 2 - i                              # levels still to come after this one
-        count = d.size(-2) if n is None else n
-        for _ in range(0 if n is None else below + 1):
-            count = _half(count)
-        x = merge(x[..., :d.size(-2), :], d, count)
+    x, L = bands[0], len(bands) - 1
+    n_l = None if n is None else counts(n, L)
+    for l, d in zip(range(L, 0, -1), bands[1:]):
+        x = merge(x[..., :d.size(-2), :], d, d.size(-2) if n is None else n_l[l])
     return x[..., :n, :] if isinstance(n, int) else x
 
 
@@ -269,7 +276,7 @@ def lift_split(x, lift, n):
     """One lifting level (Sweldens 1996): d = odd - P(even), a = even + U(d); lift (2, 2, C) = taps of P at e[k], e[k+1]
     and of U at d[k-1], d[k]. The scaling makes P = (1, 0), U = (0, 1/2) Haar, PyWavelets' sign."""
     x = extend(x, 0, 0, n, n + n % 2)
-    e, o, n = x[..., 0::2, :], x[..., 1::2, :], _half(n)
+    e, o, n = x[..., 0::2, :], x[..., 1::2, :], (n + 1) // 2
     d = o - _lift_term(e, lift[0], n, 0, 1)
     a = e + _lift_term(d, lift[1], n, 1, 0)
     return a * math.sqrt(2), d * -math.sqrt(0.5)
@@ -327,8 +334,8 @@ class Ring:
 
 
 def rope(x, pos):
-    """Rotary position embedding (arXiv 2104.09864): x (..., T, dh), pos (T,); an odd last channel stays."""
-    n = x.size(-1) // 2
+    """Rotary position embedding (arXiv 2104.09864): x (..., T, dh), pos (T,) or the first one's; an odd last channel stays."""
+    n, pos = x.size(-1) // 2, torch.arange(pos, pos + x.size(-2), device=x.device) if isinstance(pos, int) else pos
     angle = pos.float()[:, None] * 10000 ** (-torch.arange(n, device=x.device) / max(n, 1))
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)                     # (T, n)
     a, b = x[..., :n], x[..., n:2 * n]
@@ -363,9 +370,9 @@ class Attention(nn.Module):
     def rotate(self, q, k, pos):
         return (rope(q, pos), rope(k, pos)) if self.rope else (q, k)
 
-    def forward(self, x, mask=None, pos=None):
+    def forward(self, x, mask=None, pos=0):
         q, k, v = (self.heads(u) for u in self.c_attn(x).chunk(3, -1))
-        q, k = self.rotate(q, k, torch.arange(x.size(1), device=x.device) if pos is None else pos)
+        q, k = self.rotate(q, k, pos)
         return self.out(sdpa(q, k, v, mask, self.causal, self.dropout if self.training else 0.0))
 
     def init_state(self, batch_size, device=None, dtype=None):
@@ -375,7 +382,7 @@ class Attention(nn.Module):
     def step(self, x_t, state, pos=None):
         t, K, V = state
         q, k, v = (self.heads(u) for u in self.c_attn(x_t)[:, None].chunk(3, -1))
-        q, k = self.rotate(q, k, torch.tensor([t if pos is None else pos], device=x_t.device))
+        q, k = self.rotate(q, k, t if pos is None else pos)
         K, V = append(K, k.to(K.dtype), t), append(V, v.to(V.dtype), t)
         y = F.scaled_dot_product_attention(q.to(K.dtype), K[:, :, :t + 1], V[:, :, :t + 1])
         return self.out(y.to(v.dtype))[:, 0], (t + 1, K, V)
@@ -463,42 +470,38 @@ class Haar(nn.Module):
 
     def block(self, x):
         """The decimated transform, bidirectional: down through the levels, then back up."""
-        T, a, bands = x.size(1), x, []
-        for low, high in self.taps:
+        T, L = x.size(1), self.L
+
+        def split(a, l):
             a = F.pad(a, (0, 0, 0, a.size(1) % 2))
-            a, d = fir(a, low), fir(a, high)
-            bands.append(d)
+            return [fir(a, w) for w in self.taps[l]]
+        *bands, a = cascade(x, L, split)
         if self.concat:
             t = torch.arange(T, device=x.device)
-            tiled = [b.repeat_interleave(2 ** (l + 1), 1)[:, :T] for l, b in enumerate(bands)]
-            return self.aggregate(tiled + [a.repeat_interleave(2 ** self.L, 1)[:, :T]], t)
+            return self.aggregate([b.repeat_interleave(2 ** min(l + 1, L), 1)[:, :T] for l, b in enumerate([*bands, a])], t)
         w = self.weight.expand(-1, 2, -1)
-        h = w[self.L]
-        for l in reversed(range(self.L)):                      # coarse to fine: each level adds its band to its parent's sum
+        h = w[L]
+        for l in reversed(range(L)):                           # coarse to fine: each level adds its band to its parent's sum
             a = synthesize(a, bands[l], h, w[l])[:, :bands[l - 1].size(1) if l else T]
             h = torch.ones_like(h)
         return a
 
-    def atrous(self, a, delay):
-        bands = []
-        for l, (low, high) in enumerate(self.taps):
+    def atrous(self, x, delay):
+        def split(a, l):
             past, now = delay(a, 2 ** l)
-            a = low[0] * past + low[1] * now
-            bands.append(high[0] * past + high[1] * now)
-        return bands + [a]
+            return [w[0] * past + w[1] * now for w in self.taps[l]]
+        return cascade(x, self.L, split)
 
-    def partial(self, a):
-        T, bands = a.size(1), []
-        for l, (low, high) in enumerate(self.taps):
+    def partial(self, x):
+        T = x.size(1)
+
+        def split(a, l):
             if T <= 2 ** l:                                    # everything lies in the left half of the first block
-                a, d = low[0] * a, high[0] * a
-            else:
-                a = F.pad(a, (0, 0, 0, -T % 2 ** (l + 1))).unflatten(1, (-1, 2, 2 ** l))
-                left, right = a.unbind(2)                      # (B, blocks, 2^l, C)
-                known = left[:, :, -1:]                        # the left half, complete
-                a, d = (torch.stack((w[0] * left, w[0] * known + w[1] * right), 2).flatten(1, 3)[:, :T] for w in (low, high))
-            bands.append(d)
-        return bands + [a]
+                return [w[0] * a for w in self.taps[l]]
+            left, right = F.pad(a, (0, 0, 0, -T % 2 ** (l + 1))).unflatten(1, (-1, 2, 2 ** l)).unbind(2)   # (B, blocks, 2^l, C)
+            known = left[:, :, -1:]                            # the left half, complete
+            return [torch.stack((w[0] * left, w[0] * known + w[1] * right), 2).flatten(1, 3)[:, :T] for w in self.taps[l]]
+        return cascade(x, self.L, split)
 
     def aggregate(self, bands, t):
         """[d_1, ..., d_L, a_L] at tokens t -> weighted sum or concatenation."""
@@ -518,17 +521,15 @@ class Haar(nn.Module):
         if self.form == "atrous":
             bands = self.atrous(x_t, Ring(past, t))
         else:                                                  # literal on a zero-padded prefix is partial, so they share the step
-            a, bands, left = x_t, [], past.unbind(1)
-            known = []
-            for l, (low, high) in enumerate(self.taps):
+            left = list(past.unbind(1))                        # per level, the left half of the block that t lies in
+
+            def split(a, l):
                 if t >> l & 1:
-                    known.append(left[l])
-                    a, d = low[0] * left[l] + low[1] * a, high[0] * left[l] + high[1] * a
-                else:
-                    known.append(a.to(past.dtype))
-                    a, d = low[0] * a, high[0] * a
-                bands.append(d)
-            bands, past = bands + [a], torch.stack(known, 1)
+                    return [w[0] * left[l] + w[1] * a for w in self.taps[l]]
+                left[l] = a.to(past.dtype)
+                return [w[0] * a for w in self.taps[l]]
+            bands = cascade(x_t, self.L, split)
+            past = torch.stack(left, 1)
         return self.c_proj(self.aggregate(bands, torch.tensor(t, device=x_t.device))), (t + 1, past)
 
 
@@ -542,7 +543,7 @@ class Wavspa(nn.Module):
     ortho: rotation lattice, exact for any angles · lift: predict and update steps, exact for any.
 
     Differs from the paper:
-    - the inverse is exact (the released lattice flips channels instead of taps: off by 0.79 RMS at its start);
+    - the inverse is exact (the released lattice flips channels instead of taps, so its inverse is none);
     - rows of a batch wrap at their own ends and padding coefficients are masked;
     - one attention shared by all bands, told apart by a band embedding (--wavspa_shared=False: one each, as theirs);
     - a causal form, where theirs raises NotImplementedError. sorted: a coefficient becomes known at the last token it
@@ -579,32 +580,39 @@ class Wavspa(nn.Module):
             x = x * mask[..., None]
         return {"bands": self.bands, "sorted": self.sorted, "atrous": self.atrous}[self.form](x, mask)
 
-    def bands(self, x, mask):
-        n = x.size(1) if mask is None else lengths(mask)
+    def transform(self):
+        """split(x, n) -> (a, d) and merge(a, d, n) -> x: one level of this layer's transform, and its inverse."""
         if self.kind == "lift":
-            split, merge = (lambda x, n: lift_split(x, self.lift, n)), (lambda a, d, n: lift_merge(a, d, self.lift, n))
-        else:
-            h, g = self.filters()
-            split, merge = (lambda x, n: analyze(x, h, g, n)), (lambda a, d, n: synthesize(a, d, h, g, n))
-        coeffs, out, count = _dwt(x, self.L, n, split)[::-1], [], n          # d_1, ..., d_L, a_L
-        for i, c in enumerate(coeffs):
-            l = min(i + 1, self.L)
-            count = _half(count) if i < self.L else count
-            k = torch.arange(c.size(1), device=x.device)
-            real = None if mask is None else k < count[:, None]
-            out.append(self.inner[i % len(self.inner)](c + self.band[i], real, pos=(k + 0.5) * 2 ** l - 0.5))
+            return lambda x, n: lift_split(x, self.lift, n), lambda a, d, n: lift_merge(a, d, self.lift, n)
+        h, g = self.filters()
+        return lambda x, n: analyze(x, h, g, n), lambda a, d, n: synthesize(a, d, h, g, n)
+
+    @torch.no_grad()
+    def reconstruction_error(self, x):
+        """max |IDWT(DWT(x)) - x|, x (B, T, C)."""
+        (split, merge), T = self.transform(), x.size(1)
+        return (_idwt(_dwt(x, self.L, T, split), T, merge) - x).abs().max().item()
+
+    def attend(self, i):                                       # the mixer of band i
+        return self.inner[i % len(self.inner)]
+
+    def bands(self, x, mask):
+        (split, merge), n, out = self.transform(), x.size(1) if mask is None else lengths(mask), []
+        n_l = counts(n, self.L)
+        for i, c in enumerate(_dwt(x, self.L, n, split)[::-1]):                            # d_1, ..., d_L, a_L
+            l, k = min(i + 1, self.L), torch.arange(c.size(1), device=x.device)
+            real = None if mask is None else k < n_l[l][:, None]
+            out.append(self.attend(i)(c + self.band[i], real, pos=(k + 0.5) * 2 ** l - 0.5))
         return _idwt(out[::-1], n, merge)[:, :x.size(1)]
 
     def sorted(self, x, mask):
         T, (h, g) = x.size(1), self.filters()
-        coeffs, times = [], []
-        for l in range(1, self.L + 1):
-            x = F.pad(x, (0, 0, len(h) - 2, 0))                # reach into the past, so that any filter completes at its block's end
-            x, d = fir(x, h), fir(x, g)
-            coeffs.append(d)
-            times.append((torch.arange(d.size(1), device=x.device) + 1) * 2 ** l - 1)
-        coeffs, times = coeffs + [x], times + [times[-1]]
-        coeffs = [c + e for c, e in zip(coeffs, self.band)]
+
+        def split(a, l):
+            a = F.pad(a, (0, 0, len(h) - 2, 0))                # reach into the past, so that any filter completes at its block's end
+            return fir(a, h), fir(a, g)
+        coeffs = [c + e for c, e in zip(cascade(x, self.L, split), self.band)]
+        times = [(torch.arange(c.size(1), device=x.device) + 1) * 2 ** min(i + 1, self.L) - 1 for i, c in enumerate(coeffs)]
         if len(self.inner) > 1:
             coeffs = [f(c, pos=t) if len(t) else c for f, c, t in zip(self.inner, coeffs, times)]
         elif T > 1:                                            # ties go fine to coarse: the sort is stable
@@ -617,23 +625,21 @@ class Wavspa(nn.Module):
         return y
 
     def atrous(self, x, mask):
-        bands = self.undecimated(x, delayed)
-        return sum(self.inner[i % len(self.inner)](b + self.band[i], mask) for i, b in enumerate(bands))
+        return sum(self.attend(i)(b + self.band[i], mask) for i, b in enumerate(self.undecimated(x, delayed)))
 
     def undecimated(self, a, delay):
         h = self.filters()[0] / math.sqrt(2)
-        bands = []
-        for l in range(self.L):
+
+        def split(a, l):
             low = sum(w * u for w, u in zip(h, delay(a, 2 ** l, len(h))))
-            bands.append(a - low)
-            a = low
-        return bands + [a]
+            return low, a - low
+        return cascade(a, self.L, split)
 
     def init_state(self, batch_size, device=None, dtype=None):
         C, taps, kw = self.band.size(1), len(self.filters()[0]), dict(device=device, dtype=dtype)
-        inner = [f.init_state(batch_size, **kw) for f in self.inner]
+        streams = self.L + 1 if self.form == "atrous" else len(self.inner)                 # sequences that go on side by side
+        inner = [self.attend(i).init_state(batch_size, **kw) for i in range(streams)]
         if self.form == "atrous":
-            inner = [self.inner[i % len(self.inner)].init_state(batch_size, **kw) for i in range(self.L + 1)]
             return 0, Ring.zeros(batch_size, self.L, C, taps, **kw), inner, None
         return 0, torch.zeros(batch_size, self.L, taps, C, **kw), inner, torch.zeros(batch_size, self.L + 1, C, **kw)
 
@@ -643,7 +649,7 @@ class Wavspa(nn.Module):
         if self.form == "atrous":
             y = 0
             for i, b in enumerate(self.undecimated(x_t, Ring(past, t))):
-                y_i, inner[i] = self.inner[i % len(self.inner)].step(b + self.band[i], inner[i])
+                y_i, inner[i] = self.attend(i).step(b + self.band[i], inner[i])
                 y = y + y_i
             return y, (t + 1, past, inner, None)
         (h, g), a, past, last = self.filters(), x_t, list(past.unbind(1)), list(last.unbind(1))
@@ -657,7 +663,7 @@ class Wavspa(nn.Module):
             done += [(l, d)] + ([(l + 1, a)] if l + 1 == self.L else [])
         for i, c in done:
             j = i % len(self.inner)
-            last[i], inner[j] = self.inner[j].step(c + self.band[i], inner[j], pos=t)
+            last[i], inner[j] = self.attend(i).step(c + self.band[i], inner[j], pos=t)
         return sum(last), (t + 1, torch.stack(past, 1), inner, torch.stack(last, 1))
 
 
@@ -713,30 +719,36 @@ def blocks(x, m):
     return [slice(i, i + n) for i in range(0, N, n)], [slice(i, i + c) for i in range(0, T, c)]
 
 
+def form(x, w, Z, R, kind, query, by):
+    """Derivatives of the form sum(w * phi(x) Z), x (N,T,dh), w (N,T,e), Z (N,m,e), by those of "xwZ" that by names, else None:
+    by w it is phi(x) Z, by Z it is phi(x)^T w. Features are made block by block, there is no n x m tensor in memory."""
+    dx = torch.empty_like(x) if "x" in by else None
+    dw = x.new_empty(*x.shape[:2], Z.size(-1)) if "w" in by else None
+    dZ = x.new_zeros(x.size(0), R.size(1), w.size(-1)) if "Z" in by else None
+    for n, t in product(*blocks(x, R.size(1))):
+        f = phi(x[n, t], R, kind, query)
+        if "w" in by:
+            dw[n, t] = f @ Z[n]
+        if "Z" in by:
+            dZ[n].baddbmm_(f.mT, w[n, t])
+        if "x" in by:
+            dx[n, t] = phi_backward(x[n, t], R, kind, f, w[n, t] @ Z[n].mT, query)
+    return dx, dw, dZ
+
+
 class Digest(torch.autograd.Function):
-    """S = phi(k)^T v, k (N,T,dh), v (N,T,e) -> (N,m,e): a source, or a sequence's own keys, reduced once. No n x m tensor
-    in memory, forward or backward: features are made block by block, and made again when gradients come."""
+    """S = phi(k)^T v, k (N,T,dh), v (N,T,e) -> (N,m,e): a source, or a sequence's own keys, reduced once."""
 
     @staticmethod
     def forward(ctx, k, v, R, kind):
         ctx.save_for_backward(k, v, R)
-        ctx.kind, S = kind, k.new_zeros(k.size(0), R.size(1), v.size(-1))
-        rows, times = blocks(k, R.size(1))
-        for n in rows:
-            for t in times:
-                S[n].baddbmm_(phi(k[n, t], R, kind).mT, v[n, t])
-        return S
+        ctx.kind = kind
+        return form(k, v, None, R, kind, False, "Z")[2]
 
     @staticmethod
     def backward(ctx, dS):
-        (k, v, R), kind = ctx.saved_tensors, ctx.kind
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        rows, times = blocks(k, R.size(1))
-        for n in rows:
-            for t in times:
-                f = phi(k[n, t], R, kind)
-                torch.bmm(f, dS[n], out=dv[n, t]) if len(times) == 1 else dv[n, t].copy_(f @ dS[n])
-                dk[n, t] = phi_backward(k[n, t], R, kind, f, v[n, t] @ dS[n].mT)
+        k, v, R = ctx.saved_tensors
+        dk, dv, _ = form(k, v, dS, R, ctx.kind, False, "xw")
         return dk, dv, None, None
 
 
@@ -746,23 +758,13 @@ class Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, S, R, kind):
         ctx.save_for_backward(q, S, R)
-        ctx.kind, y = kind, q.new_empty(*q.shape[:2], S.size(-1))
-        rows, times = blocks(q, R.size(1))
-        for n in rows:
-            for t in times:
-                y[n, t] = phi(q[n, t], R, kind, True) @ S[n]
-        return y
+        ctx.kind = kind
+        return form(q, None, S, R, kind, True, "w")[1]
 
     @staticmethod
     def backward(ctx, dy):
-        (q, S, R), kind = ctx.saved_tensors, ctx.kind
-        dq, dS = torch.empty_like(q), torch.zeros_like(S)
-        rows, times = blocks(q, R.size(1))
-        for n in rows:
-            for t in times:
-                f = phi(q[n, t], R, kind, True)
-                dS[n].baddbmm_(f.mT, dy[n, t])
-                dq[n, t] = phi_backward(q[n, t], R, kind, f, dy[n, t] @ S[n].mT, True)
+        q, S, R = ctx.saved_tensors
+        dq, _, dS = form(q, dy, S, R, ctx.kind, True, "xZ")
         return dq, dS, None, None
 
 
@@ -788,16 +790,19 @@ class CausalRead(torch.autograd.Function):
         (q, k, v, R), kind = ctx.saved_tensors, ctx.kind
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rows, times = blocks(q, R.size(1))
+
+        def again(n, t):
+            return phi(q[n, t], R, kind, True), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
         for n in rows:
             S = dS = 0
             for t in times:
-                fq, fk, da = phi(q[n, t], R, kind, True), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
+                fq, fk, da = again(n, t)
                 df = da @ fk + (dy[n, t] @ S.mT if t.start else 0)
                 dq[n, t] = phi_backward(q[n, t], R, kind, fq, df, True)
                 S = S + fk.mT @ v[n, t] if t is not times[-1] else None
             for t in reversed(times):
                 if len(times) > 1:                             # else they are still here
-                    fq, fk, da = phi(q[n, t], R, kind, True), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
+                    fq, fk, da = again(n, t)
                 late = t is not times[-1]
                 dv[n, t] = (fq @ fk.mT).tril_().mT @ dy[n, t] + (fk @ dS if late else 0)
                 df = da.mT @ fq + (v[n, t] @ dS.mT if late else 0)
@@ -856,7 +861,7 @@ class Wersa(Attention):
         y = y[..., :-1] / (y[..., -1:] + 1e-6)
         return y.unflatten(0, (-1, self.n_head)).to(like.dtype)
 
-    def forward(self, x, mask=None, pos=None):
+    def forward(self, x, mask=None, pos=0):
         qk, v = self.c_attn(x).split([2 * x.size(-1), x.size(-1)], -1)
         if mask is not None:
             qk = qk * mask[..., None]
@@ -870,7 +875,7 @@ class Wersa(Attention):
         if self.L:
             qk = self.wavelet(qk, means, self.gains(mean.to(x.dtype)))
         q, k = (u.transpose(1, 2) for u in qk.unbind(2))                                   # (B, H, T, dh)
-        q, k = self.rotate(q, k, torch.arange(x.size(1), device=x.device) if pos is None else pos)
+        q, k = self.rotate(q, k, pos)
         with torch.autocast(x.device.type, enabled=False):
             q, k, u, R = self.scaled(q), self.scaled(k), self.ones(self.heads(v), mask), self.R.float()
             y = CausalRead.apply(q, k, u, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, u, R, self.map), R, self.map)
@@ -890,7 +895,7 @@ class Wersa(Attention):
         if self.L:
             qk = self.wavelet(qk, means, self.gains((total / (t + 1)).to(x_t.dtype)))
         q, k = (u[:, :, None] for u in qk.unbind(1))                                       # (B, H, 1, dh)
-        q, k = self.rotate(q, k, torch.tensor([t if pos is None else pos], device=x_t.device))
+        q, k = self.rotate(q, k, t if pos is None else pos)
         with torch.autocast(x_t.device.type, enabled=False):
             R = self.R.float()
             S = S + (phi(self.scaled(k), R, self.map).mT @ self.ones(self.heads(v[:, None]))).unflatten(0, (-1, self.n_head))
@@ -944,7 +949,7 @@ class CrossAttention(Attention):
 
     def keys_values(self, memory):
         k, v = (self.heads(u) for u in self.part(memory, slice(memory.size(-1), None)).chunk(2, -1))
-        return rope(k, torch.arange(memory.size(1), device=memory.device)) if self.rope else k, v
+        return rope(k, 0) if self.rope else k, v
 
     def init_state(self, memory, mask=None):
         return *self.keys_values(memory), mask
@@ -954,17 +959,12 @@ class CrossAttention(Attention):
         return self.out(sdpa(self.queries(x, t), k, v, mask, False, self.dropout if self.training else 0.0))
 
 
-class CrossWersa(CrossAttention):
+class CrossWersa(CrossAttention, Wersa):
     """phi(Q) (phi(K)^T V) over the source: T and S never meet, the source is reduced once to m x dh per head.
     No wavelet stage here: block means of K would blur exactly what a reader has to tell apart."""
 
     def __init__(self, cfg):
-        super().__init__(cfg)
-        dh = cfg.n_embd // cfg.n_head
-        self.beta, self.map = cfg.beta, cfg.feature_map
-        self.register_buffer("R", random_features(dh, cfg.n_features or 4 * dh, cfg.orthogonal_features))
-
-    scaled, ones, ratio_of = Wersa.scaled, Wersa.ones, Wersa.ratio_of
+        super().__init__(replace(cfg, wersa_levels=0))
 
     def init_state(self, memory, mask=None):
         k, v = self.keys_values(memory)
@@ -1051,18 +1051,6 @@ def build_cross(cfg):
 # the model
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias, in float32 under autocast."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(cfg.n_embd))
-        self.bias = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -1078,10 +1066,10 @@ class Block(nn.Module):
 
     def __init__(self, cfg, causal=False, cross=False):
         super().__init__()
-        self.ln_1, self.mixer = LayerNorm(cfg), build_mixer(cfg, causal)
+        self.ln_1, self.mixer = nn.LayerNorm(cfg.n_embd, bias=cfg.bias), build_mixer(cfg, causal)
         if cross:
-            self.ln_x, self.cross = LayerNorm(cfg), build_cross(cfg)
-        self.ln_2, self.mlp = LayerNorm(cfg), MLP(cfg)
+            self.ln_x, self.cross = nn.LayerNorm(cfg.n_embd, bias=cfg.bias), build_cross(cfg)
+        self.ln_2, self.mlp = nn.LayerNorm(cfg.n_embd, bias=cfg.bias), MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, mask=None, memory=None, memory_mask=None):
@@ -1111,10 +1099,10 @@ class WaveletTransformer(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         if cfg.arch != "decoder":
             self.encoder = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-            self.ln_e = LayerNorm(cfg)
+            self.ln_e = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
         if cfg.arch != "encoder":
             self.decoder = nn.ModuleList(Block(cfg, causal=True, cross=cfg.arch == "encdec") for _ in range(cfg.n_layer))
-            self.ln_f = LayerNorm(cfg)
+            self.ln_f = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
             self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
             self.lm_head.weight = self.wte.weight
         else:

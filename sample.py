@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Haar, ModelConfig, WaveletTransformer, Wavspa, Wersa, daubechies, dwt, idwt
+from model import Haar, ModelConfig, WaveletTransformer, Wavspa, Wersa, daubechies
 from prepare_data import BOS, EOS, PAD, Parser, Tokenizer
 
 FORMAT = 1  # of ckpt.pt and best.pt
@@ -166,8 +166,7 @@ def show_wavelets(model, path):
             print(" " * len(name) + f"  a_L: weight {weight[-1].item():.3f}")
         elif isinstance(m, Wavspa):
             h, n = m.filters()[0].detach().cpu(), 1 if model.config.wavelet == "haar" else int(model.config.wavelet[2:])
-            x = torch.randn(1, 64, m.band.size(1))
-            error = 0.0 if m.kind == "lift" else (idwt(dwt(x, h, 1), h) - x).abs().max().item()
+            error = m.reconstruction_error(torch.randn(1, 64, m.band.size(1), device=m.band.device))
             h = h if h.dim() > 1 else h[:, None]
             print(f"{name}: mean taps " + " ".join(f"{v:.3f}" for v in h.mean(1)) + f", reconstruction error {error:.1e}")
             if len(h) == 2 * n:
