@@ -1,6 +1,7 @@
 """
 Measure: what every variant promises, and what trained models score.
 
+    python bench.py speed                                        # time and memory against flash attention, crossovers, a plot
     python bench.py variants                                     # each variant's reconstruction, leak, step error, state size
     python bench.py quality --suite=decoders --source=my.txt     # train a grid, one row of results/SUITE.csv per run
     python bench.py report                                       # results/*.csv -> the README's tables
@@ -10,19 +11,31 @@ A suite's rows that are already in its CSV are skipped, so it may be stopped at 
 
 import csv
 import json
+import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from itertools import product, takewhile
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 
+import numpy as np
 import torch
+import torch.nn as nn
+from tqdm import tqdm
 
+import model
 from model import ModelConfig, Wavspa, build_mixer
-from prepare_data import Parser, prepare
+from prepare_data import Parser, prepare, replacing
 
 HERE = Path(__file__).resolve().parent
 
@@ -83,6 +96,305 @@ def variants(args):
 
 
 # -----------------------------------------------------------------------------
+# speed
+
+
+class Softmax(model.Attention):
+    """What the papers compare with: softmax attention that stores its T x T matrix."""
+
+    def forward(self, x, mask=None):
+        q, k, v = (self.heads(u) for u in self.c_attn(x).chunk(3, -1))
+        q, k = self.rotate(q, k, 0)
+        scores = q @ k.mT / math.sqrt(q.size(-1))
+        if self.causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
+        return self.out(scores.softmax(-1) @ v)
+
+
+class StoredWersa(model.Wersa):
+    """Linear attention as one would first write it: all features of all tokens stored, autograd for the rest."""
+
+    def forward(self, x, mask=None):
+        read, digest, model.Read, model.Digest = model.Read, model.Digest, StoredRead, StoredDigest
+        try:
+            return super().forward(x, mask)
+        finally:
+            model.Read, model.Digest = read, digest
+
+
+class StoredRead:
+    apply = staticmethod(lambda q, S, R, kind: model.phi(q, R, kind, True) @ S)
+
+
+class StoredDigest:
+    apply = staticmethod(lambda k, v, R, kind: model.phi(k, R, kind).mT @ v)
+
+
+class HaarCore(model.Haar):
+    """haar without its projection, to be held against a copy of the tensor."""
+
+    def forward(self, x, mask=None):
+        return self.block(x)
+
+
+class Copy(nn.Module):
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+
+    def forward(self, x):
+        return x.clone()
+
+
+KINDS = {**model.MIXERS, "softmax": Softmax, "stored": StoredWersa, "core": HaarCore, "copy": Copy}
+SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest T on a CPU)
+    "flash SDPA": ("attention", False, "flash SDPA", {}, 8192),
+    "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 8192),
+    "haar": ("haar", False, "flash SDPA", {}, 32768),
+    "wavspa, 1 level": ("wavspa", False, "flash SDPA", dict(levels=1), 8192),
+    "wersa": ("wersa", False, "flash SDPA", {}, 32768),
+    "wersa m=1024": ("wersa", False, "flash SDPA", dict(n_features=1024), 32768),
+    "wersa m=1024, features stored": ("stored", False, "flash SDPA", dict(n_features=1024), 8192),
+    "flash SDPA causal": ("attention", True, "flash SDPA causal", {}, 8192),
+    "softmax causal, matrix stored": ("softmax", True, "flash SDPA causal", {}, 8192),
+    "haar atrous, L=8": ("haar", True, "flash SDPA causal", dict(levels=8), 32768),
+    "haar partial": ("haar", True, "flash SDPA causal", dict(haar_causal="partial"), 32768),
+    "wavspa sorted, 1 level": ("wavspa", True, "flash SDPA causal", dict(levels=1), 8192),
+    "wersa causal": ("wersa", True, "flash SDPA causal", {}, 32768),
+    "haar, no projection": ("core", False, "copy", {}, 8192),
+    "copy": ("copy", False, "copy", {}, 8192),
+}
+MODES = {"forward": False, "forward and backward": True}
+
+
+def resident(what):
+    """VmRSS or VmHWM (the most since the last reset) of this process in bytes."""
+    return int(re.search(rf"{what}:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+
+
+def fast_forward(state, t):
+    """A decoder's state as it would be at position t: counters set, caches of attention filled with zeros."""
+    if torch.is_tensor(state):
+        return torch.zeros(*state.shape[:2], t, state.size(3), device=state.device, dtype=state.dtype) if state.dim() == 4 and state.size(2) == 0 else state
+    return type(state)(fast_forward(s, t) for s in state) if isinstance(state, (list, tuple)) else t if isinstance(state, int) else state
+
+
+def build(kind, causal, flags, card, T):
+    torch.manual_seed(0)
+    cfg = ModelConfig(n_embd=card["n_embd"], n_head=card["n_head"], block_size=max(T, 256), **{"mixer": kind if kind in model.MIXERS else "haar", **flags})
+    return KINDS[kind](cfg, causal).to(card["device"], getattr(torch, card["dtype"])).eval()
+
+
+def cell(job):
+    """One measurement, in a process of its own -> dict(seconds=[...], memory=bytes at the peak over module and input)."""
+    kind, causal, flags, T, mode, card = job
+    cuda = card["device"].startswith("cuda")
+    torch.set_num_threads(card["threads"])
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    m = build(kind, causal, flags, card, T)
+    if mode == "decode":
+        m.requires_grad_(False)
+        x, state, seconds = torch.randn(1, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"])), None, []
+        for i in range(5):
+            state = fast_forward(m.init_state(1, card["device"], x.dtype), T)
+            for _ in range(8 if i else 32):                    # what was written into the state costs its first touch once
+                _, state = m.step(x, state)
+            sync(), (began := time.perf_counter())
+            for _ in range(64):
+                _, state = m.step(x, state)
+            sync(), seconds.append((time.perf_counter() - began) / 64)
+        return dict(seconds=seconds, memory=None)
+    x = torch.randn(card["batch"], T, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"]), requires_grad=MODES[mode])
+    dy, run = torch.randn_like(x), torch.compile(m) if card["compile"] else m
+
+    def once(T=T):
+        with torch.set_grad_enabled(MODES[mode]):
+            y = run(x[:, :T])
+            if MODES[mode]:
+                y.backward(dy[:, :T])
+                x.grad = None
+                m.zero_grad(set_to_none=True)
+    try:
+        once(8)                                                # threads, autograd's engine and lazy imports have a memory of their own
+        before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+        if cuda:
+            once(), torch.cuda.reset_peak_memory_stats()       # compilation has buffers of its own
+        else:
+            open("/proc/self/clear_refs", "w").write("5")
+        began = time.perf_counter()
+        once(), sync()
+        first = time.perf_counter() - began
+        memory = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+        seconds = [first] if first > 8 else []
+        while first <= 8 and (len(seconds) < 3 or sum(seconds) < card["budget"]) and sum(seconds) < 12:
+            sync(), (began := time.perf_counter())
+            once(), sync(), seconds.append(time.perf_counter() - began)
+    except torch.cuda.OutOfMemoryError:
+        return dict(seconds=None, memory=None)
+    return dict(seconds=seconds, memory=memory)
+
+
+def promises(kind, causal, flags, card):
+    """Finite, and without a leak, or there is nothing to time."""
+    m, x = build(kind, causal, flags, card, 64), torch.randn(2, 64, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"]))
+    with torch.no_grad():
+        y, other = m(x), x.clone()
+        other[:, 40:] += 1
+        if not y.isfinite().all() or causal and not torch.equal(m(other)[:, :40], y[:, :40]):
+            raise SystemExit(f"{kind} {flags} is not finite or leaks: not timed")
+
+
+def speed(args):
+    cuda = torch.cuda.is_available()
+    card = dict(device="cuda" if cuda else "cpu", name=torch.cuda.get_device_name() if cuda else cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__,
+                dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.4)
+    lengths = [int(t) for t in args.lengths.split(",")] if args.lengths else [2**i for i in (range(10, 18) if cuda else range(8, 16))]
+    wanted = [name for name in SPEED if not args.only or args.only in name]
+    arms = {name: arm for name, arm in SPEED.items() if name in wanted or name in {SPEED[w][2] for w in wanted}}
+    print("  ".join(f"{k} {v}" for k, v in card.items() if k != "budget"))
+    for kind, causal, _, flags, _ in arms.values():
+        promises(kind, causal, flags, card)
+    print("parameters: " + ", ".join(f"{name} {sum(q.numel() for q in build(kind, causal, flags, card, 256).parameters()):,}" for name, (kind, causal, _, flags, _) in arms.items()))
+    if args.profile:
+        return profile(arms, card)
+    jobs = [((kind, causal, flags, T, mode, card), name) for T in lengths for name, (kind, causal, _, flags, most) in arms.items() for mode in MODES
+            if cuda or args.lengths or T <= most or T == 32768 and name == "flash SDPA" and mode == "forward and backward"]
+    jobs += [((kind, True, flags, T, "decode", card), name) for T in (1024, 65536) for name, (kind, causal, _, flags, _) in arms.items() if causal and kind != "softmax"]
+    cells, fresh = [], get_context("forkserver")
+    fresh.set_forkserver_preload(["bench"])
+    for job, name in tqdm(jobs, unit="cell", leave=False):
+        with ProcessPoolExecutor(1, fresh) as process:         # a fresh process: its peak is this cell's own
+            try:
+                found = process.submit(cell, job).result()
+            except BrokenProcessPool:                          # the kernel's answer to too much memory
+                found = dict(seconds=None, memory=None)
+        t = np.quantile(found["seconds"], (0.5, 0.2, 0.8)).tolist() if found["seconds"] else [None] * 3
+        cells.append(dict(arm=name, T=job[3], mode=job[4], median=t[0], p20=t[1], p80=t[2], memory=found["memory"], n=len(found["seconds"] or [])))
+    result = dict(card=card, cells=cells, **summary(cells))
+    for line in speed_tables(result):
+        print(line)
+    if args.md:
+        with replacing(args.md) as f:
+            f.write("\n".join(speed_tables(result)) + "\n")
+    if args.csv:
+        with replacing(args.csv) as f:
+            w = csv.DictWriter(f, list(cells[0]), lineterminator="\n")
+            w.writeheader(), w.writerows(cells)
+    if args.json:
+        with replacing(args.json) as f:
+            json.dump(result, f, indent=1)
+    if args.png:
+        speed_plot(result, args.png)
+    if args.compare:
+        compare(json.load(open(args.compare)), result)
+    print(json.dumps(result))
+
+
+def summary(cells):
+    """Per arm: the smallest T from which on it is faster (or smaller) than what it is compared with, and the exponents."""
+    at, crossover, exponent = {(c["arm"], c["T"], c["mode"]): c for c in cells}, {}, {}
+    for name, (_, _, base, _, _) in SPEED.items():
+        mine = [c for c in cells if c["arm"] == name and c["mode"] == "forward and backward"]
+        for key in ("median", "memory"):
+            better = [(c["T"], c[key] < b[key]) for c in mine if (b := at.get((base, c["T"], c["mode"]))) and c[key] and b[key]]
+            if better and name != base:
+                wins = list(takewhile(lambda x: x[1], reversed(better)))
+                crossover.setdefault(name, {})[key] = wins[-1][0] if wins else f"not reached up to {better[-1][0]}"
+            long = [(c["T"], c[key]) for c in mine if c["T"] >= 2048 and c[key]]
+            if len(long) > 1:
+                exponent.setdefault(name, {})[key] = float(np.polyfit(*np.log(np.array(long)).T, 1)[0])
+    return dict(crossover=crossover, exponent=exponent)
+
+
+def speed_tables(result):
+    at = {(c["arm"], c["T"], c["mode"]): c for c in result["cells"]}
+    lengths, names = sorted({c["T"] for c in result["cells"] if c["mode"] != "decode"}), list(dict.fromkeys(c["arm"] for c in result["cells"]))
+
+    def ratio(name, T, mode, key, base):
+        c, b = at.get((name, T, mode)), at.get((base, T, mode))
+        return "" if not c else "out of memory" if not c["n"] else "" if not b or not b[key] or not c[key] else b[key] / c[key]
+    for mode in MODES:
+        yield f"\n{mode}: ms (p20-p80), times faster than what it is compared with\n"
+        yield "| | compared with | " + " | ".join(f"T={T:,}" for T in lengths) + " |"
+        yield "|---|---|" + "---|" * len(lengths)
+        for name in names:
+            base, row = SPEED[name][2], []
+            for T in lengths:
+                c, r = at.get((name, T, mode)), ratio(name, T, mode, "median", SPEED[name][2])
+                row.append("" if not c else r if r == "out of memory" else f"{c['median'] * 1e3:.2f} ({c['p20'] * 1e3:.2f}-{c['p80'] * 1e3:.2f})" + (f", {r:.2f}x" if r and name != base else ""))
+            yield f"| {name} | {base if base != name else '-'} | " + " | ".join(row) + " |"
+    yield "\nforward and backward: peak memory over module and input, MiB (times less than what it is compared with)\n"
+    yield "| | " + " | ".join(f"T={T:,}" for T in lengths) + " |"
+    yield "|---|" + "---|" * len(lengths)
+    for name in names:
+        base, row = SPEED[name][2], []
+        for T in lengths:
+            c, r = at.get((name, T, "forward and backward")), ratio(name, T, "forward and backward", "memory", SPEED[name][2])
+            row.append("" if not c else r if r == "out of memory" else f"{c['memory'] / 2**20:.1f}" + (f" ({r:.2f}x)" if r and name != base else ""))
+        yield f"| {name} | " + " | ".join(row) + " |"
+    yield "\n| | faster from T= | less memory from T= | exponent of time | of memory |\n|---|---|---|---|---|"
+    for name in names:
+        c, e = result["crossover"].get(name, {}), result["exponent"].get(name, {})
+        yield f"| {name} | {c.get('median', '-')} | {c.get('memory', '-')} | " + " | ".join(f"{e[k]:.2f}" if k in e else "-" for k in ("median", "memory")) + " |"
+    positions = sorted({c["T"] for c in result["cells"] if c["mode"] == "decode"})
+    if positions:
+        yield "\n| decode, ms a token | " + " | ".join(f"at {t:,}" for t in positions) + " | ratio |\n|---|" + "---|" * (len(positions) + 1)
+        for name in names:
+            ms = [at[name, t, "decode"]["median"] * 1e3 for t in positions if (name, t, "decode") in at]
+            if ms:
+                yield f"| {name} | " + " | ".join(f"{v:.3f}" for v in ms) + f" | {ms[-1] / ms[0]:.2f} |"
+
+
+def speed_plot(result, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for ax, key, scale, label in ((axes[0], "median", 1e3, "ms, forward and backward"), (axes[1], "memory", 2**-20, "peak MiB over module and input")):
+        for name, (_, causal, base, _, _) in SPEED.items():
+            points = [(c["T"], c[key] * scale) for c in result["cells"] if c["arm"] == name and c["mode"] == "forward and backward" and c[key]]
+            if points and base.startswith("flash"):
+                line, = ax.plot(*zip(*points), marker=".", ls="--" if causal else "-", lw=2.5 if name == base else 1.2, label=name)
+                cross = result["crossover"].get(name, {}).get(key)
+                ax.plot(*[p for p in zip(*[p for p in points if p[0] == cross])] or ([], []), "o", ms=9, mfc="none", color=line.get_color())
+        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        ax.set_xscale("log", base=2)
+    axes[0].legend(fontsize=7)
+    card = result["card"]
+    figure.suptitle(f"{card['name']}, {card['dtype']}, torch {card['torch']}, {card['n_embd']} channels, {card['n_head']} heads; a ring: from here on ahead of flash SDPA", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def compare(old, new):
+    was = {(c["arm"], c["T"], c["mode"]): c["median"] for c in old["cells"]}
+    print(f"\nagainst {old['card']['git']} on {old['card']['name']}: how many times faster now")
+    for c in new["cells"]:
+        before = was.get((c["arm"], c["T"], c["mode"]))
+        if before and c["median"]:
+            print(f"{c['arm']:32s} {c['mode']:22s} T={c['T']:<7,d} {before / c['median']:.2f}x")
+
+
+def profile(arms, card):
+    """Where the time of each arm goes, forward and backward at T = 4,096."""
+    for name, (kind, causal, _, flags, _) in arms.items():
+        m, x = build(kind, causal, flags, card, 4096), torch.randn(1, 4096, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"]), requires_grad=True)
+        m(x).sum().backward()
+        with torch.profiler.profile() as p:
+            m(x).sum().backward()
+        print(f"\n{name}\n" + p.key_averages().table(sort_by=f"self_{card['device']}_time_total", row_limit=8, max_name_column_width=40))
+
+
+def cpu_name():
+    try:
+        return re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def git_state():
+    return subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+
+
+# -----------------------------------------------------------------------------
 # quality
 
 TEXT = "--dataset=text --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40 --eval_interval=200 --metric_rows=400".split()
@@ -92,7 +404,7 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
     "numbers": dict(seeds=(1337,), rates=(2e-3,), base=[], arms={**MIX, "wavspa": ["--mixer=wavspa", "--levels=2"]}),
     "positions": dict(seeds=(1337,), rates=(2e-3,), base=["--mixer=wersa"], arms={p: [f"--pos={p}"] for p in ("rope", "learned", "none")}),
     "multi30k": dict(seeds=(1337,), rates=(2e-3,), base=PAIR, arms={**MIX, "haar, attention cross": ["--mixer=haar", "--cross=attention"], "haar, wersa cross": ["--mixer=haar", "--cross=wersa"]}),
-    "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, arms={
+    "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
         "haar partial": ["--mixer=haar", "--haar_causal=partial", "--n_embd=148"],
@@ -101,55 +413,93 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "wersa without wavelets": ["--mixer=wersa", "--wersa_levels=0"],
     }),
 }
-COLUMNS = ["suite", "arm", "seed", "learning_rate", "params", "steps", "seconds", "test_loss", "test_metric", "metric", "n", "git", "machine", "torch", "threads", "flags"]
+TASKS = {  # every data set with a short training of one mixer, to be held against its trivial scores
+    "numbers, wersa": "",
+    "listops, haar": "--dataset=listops --mixer=haar --n_embd=64 --max_iters=1500 --batch_size=64 --eval_interval=500",
+    "lego, attention": "--dataset=lego --mixer=attention --n_layer=3 --n_embd=64 --max_iters=1500 --learning_rate=1e-3 --eval_interval=500",
+    "recall, attention": "--dataset=recall --mixer=attention --n_embd=64 --n_head=2 --batch_size=128 --max_iters=3000 --learning_rate=3e-3 --eval_interval=1000",
+    "multi30k, wersa": "--dataset=multi30k --max_iters=600 --eval_interval=300 --dropout=0.1 --label_smoothing=0.1",
+    "wmt16, wersa": "--dataset=wmt16 --max_iters=1500 --eval_interval=500",
+    "imdb, wersa": "--dataset=imdb --n_embd=64 --block_size=512 --batch_size=32 --max_iters=600 --learning_rate=1e-3",
+    "text, haar": "--dataset=text --mixer=haar --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40",
+}
+SUITES["tasks"] = dict(seeds=(1337,), rates=(2e-3,), base=[], arms={arm: flags.split() for arm, flags in TASKS.items()}, prepare={
+    "listops": dict(min_len=10, max_len=100), "recall": dict(n_pairs=8, n_keys=32), "text": dict(tokenizer="bytes")})
+COLUMNS = ("suite arm seed learning_rate params steps seconds test_loss test_metric metric n trivial far data_rows data_tokens data_seconds "
+           "git machine torch threads flags").split()
+LOWER = ("bits per byte",)                                     # metrics of which less is better
+
+
+def dataset_of(flags):
+    return next((f.split("=")[1] for f in reversed(flags) if f.startswith("--dataset=")), "numbers")
+
+
+def read_rows(path):
+    with open(path, newline="") if path.exists() else nullcontext([]) as f:
+        return list(csv.DictReader(f))
 
 
 def quality(args):
     suite, path = SUITES[args.suite], HERE / "results" / f"{args.suite}.csv"
-    name = next((f.split("=")[1] for f in suite["base"] if f.startswith("--dataset=")), "numbers")
-    prepare(name, args.data_dir, source=args.source, tokenizer="bytes" if name == "text" else None)
-    done = {(r["arm"], r["seed"], r["learning_rate"]) for r in csv.DictReader(open(path))} if path.exists() else set()
-    todo = [(arm, seed, rate) for seed in suite["seeds"] for rate in suite["rates"] for arm in suite["arms"] if (arm, str(seed), str(rate)) not in done]
-    git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    arms = {arm: [*suite["base"], *flags] for arm, flags in suite["arms"].items()}
+    names = {dataset_of(flags) for flags in arms.values()}
+    for name in sorted(names):
+        prepare(name, args.data_dir, source=args.source if len(names) == 1 else None, **suite.get("prepare", {}).get(name, {}))
+    done = {(r["arm"], r["seed"], r["learning_rate"]) for r in read_rows(path)}
+    rate_of = lambda arm, rate: next((f.split("=")[1] for f in arms[arm] if f.startswith("--learning_rate=")), str(rate))
+    todo = [job for job in product(arms, map(str, suite["seeds"]), suite["rates"]) if (*job[:2], rate_of(job[0], job[2])) not in done]
+    git = git_state()
+    threads, writing = max(1, (os.cpu_count() or 1) // args.jobs), Lock()
 
     def one(job):
         arm, seed, rate = job
         with tempfile.TemporaryDirectory() as out:
-            flags = [*suite["base"], *suite["arms"][arm], f"--seed={seed}", f"--learning_rate={rate}", f"--data_dir={args.data_dir}"]
+            flags = [f"--seed={seed}", f"--learning_rate={rate}", *arms[arm], f"--data_dir={args.data_dir}"]
             run = subprocess.run([sys.executable, str(HERE / "train.py"), *flags, f"--out_dir={out}/run"], capture_output=True, text=True,
                                  env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
             if run.returncode:
-                raise SystemExit(f"{arm}, seed {seed}: {run.stderr.strip().splitlines()[-1]}")
+                raise SystemExit(f"{arm}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
             result = json.load(open(f"{out}/run/result.json"))
-        row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate, git=git, torch=torch.__version__, threads=threads,
-                   machine=platform.processor() or platform.machine(), flags=" ".join(flags[:-1]))
-        path.parent.mkdir(exist_ok=True)
-        new = not path.exists()
-        with open(path, "a", newline="") as f:
-            w = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
-            w.writeheader() if new else None
-            w.writerow(row)
-        print(f"{arm}, seed {seed}, rate {rate}: {result['metric']} {result['test_metric']:.4f}, {result['params']:,} parameters, {result['seconds']:.0f} s", flush=True)
+        row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate_of(arm, rate), git=git, torch=torch.__version__, threads=threads,
+                   machine=cpu_name(), flags=" ".join(flags[:-1]), trivial=json.dumps(result["trivial"]),
+                   far=json.dumps(result.get("far", {})), **{f"data_{k}": v for k, v in result["data"].items()})
+        with writing:                                          # the file is rewritten as a whole, so that a kill leaves the old one or the new one
+            rows = [*read_rows(path), row]
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as f:
+                w = csv.DictWriter(f, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+                w.writeheader(), w.writerows(rows)
+        print(f"{arm}, seed {seed}, rate {row['learning_rate']}: {result['metric']} {result['test_metric']:.4f}, {result['params']:,} parameters, {result['seconds']:.0f} s", flush=True)
 
-    print(f"{args.suite}: {len(todo)} of {len(todo) + len(done)} runs to do, {args.jobs} at a time on {threads} thread(s) each")
+    print(f"{args.suite}: {len(todo)} of {len(arms) * len(suite['seeds']) * len(suite['rates'])} runs to do, {args.jobs} at a time on {threads} thread(s) each", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, todo))
 
 
 def table(path):
-    """One suite's CSV -> a Markdown table, mean ± std over seeds at each arm's best rate, best arm first."""
-    rows, arms = list(csv.DictReader(open(path))), {}
-    for r in rows:
+    """One suite's CSV -> a Markdown table, mean ± std over seeds at each arm's best rate, best arm first. Where the arms
+    are data sets: each with its size and its trivial scores."""
+    arms = {}
+    for r in read_rows(path):
         arms.setdefault(r["arm"], {}).setdefault(r["learning_rate"], []).append(r)
-    lower, lines = rows[0]["metric"] in ("bits per byte",), []
-    mean = lambda rs: statistics.mean(float(r["test_metric"]) for r in rs)
-    for arm, rates in arms.items():
-        rate, rs = (min if lower else max)(rates.items(), key=lambda kv: mean(kv[1]))
-        std = f" ± {statistics.stdev(float(r['test_metric']) for r in rs):.3f}" if len(rs) > 1 else ""
-        lines.append((mean(rs), f"| {arm} | {int(rs[0]['params']):,} | {mean(rs):.3f}{std} | {len(rs)} | {rate} | {statistics.median(float(r['seconds']) for r in rs):.0f} |"))
-    head = [f"| arm | parameters | {rows[0]['metric']}, test | n | learning rate | seconds |", "|---|---|---|---|---|---|"]
-    return "\n".join(head + [line for _, line in sorted(lines, reverse=not lower)])
+    mean = lambda rs, key="test_metric": statistics.mean(float(r[key]) for r in rs)
+    best = {arm: (min if next(iter(rates.values()))[0]["metric"] in LOWER else max)(rates.values(), key=mean) for arm, rates in arms.items()}
+    metrics, std = {rs[0]["metric"] for rs in best.values()}, lambda rs: f" ± {statistics.stdev(float(r['test_metric']) for r in rs):.3f}" if len(rs) > 1 else ""
+    shared = len({(r["n"], r["metric"]) for rs in best.values() for r in rs}) == 1         # one test set
+    if shared:
+        lines = ["| arm | parameters | %s, test | n | learning rate | seconds |" % metrics.pop(), "|---|---|---|---|---|---|"]
+        order = sorted(best.values(), key=mean, reverse=best[next(iter(best))][0]["metric"] not in LOWER)
+    else:
+        lines = ["| arm | rows | tokens | prepared in | test score | trivial | steps, minutes |", "|---|---|---|---|---|---|---|"]
+        order = list(best.values())
+    for rs in order:
+        r, score, seconds = rs[0], f"{mean(rs):.3f}{std(rs)}", statistics.median(float(r["seconds"]) for r in rs)
+        if shared:
+            lines.append(f"| {r['arm']} | {int(r['params']):,} | {score} | {len(rs)} | {r['learning_rate']} | {seconds:.0f} |")
+        else:
+            trivial = ", ".join(f"{name} {v:.3f}" for name, v in json.loads(r["trivial"]).items())
+            lines.append(f"| {r['arm']} | {int(r['data_rows']):,} | {int(r['data_tokens']):,} | {float(r['data_seconds']):.1f} s | {r['metric']} {score} | {trivial} | {r['steps']}, {seconds / 60:.1f} |")
+    return "\n".join(lines)
 
 
 def report(args):
@@ -159,10 +509,20 @@ def report(args):
 
 if __name__ == "__main__":
     p = Parser(description=__doc__)
-    p.add("what", choices=["variants", "quality", "report"], help="what to measure")
+    p.add("what", choices=["speed", "variants", "quality", "report"], help="what to measure")
     p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings")
     p.add("--source", help="where the suite's data set comes from: a text for decoders, a folder for multi30k")
     p.add("--data_dir", default="data")
     p.add("--jobs", type=int, default=1, help="trainings at a time, sharing the cores")
+    p.section("speed")
+    p.add("--lengths", help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU")
+    p.add("--only", help="arms whose name holds this")
+    p.add("--n_embd", type=int, default=128)
+    p.add("--n_head", type=int, default=4)
+    p.add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    for what in ("csv", "json", "md", "png"):
+        p.add(f"--{what}", help=f"write the result to this .{what} too")
+    p.add("--compare", help="an earlier --json file: print how many times faster each cell is now")
+    p.add("--profile", type=bool, default=False, help="where the time goes, instead of the table")
     args = p.parse_args()
-    {"variants": variants, "quality": quality, "report": report}[args.what](args)
+    {"speed": speed, "variants": variants, "quality": quality, "report": report}[args.what](args)

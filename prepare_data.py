@@ -23,6 +23,7 @@ import glob
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-FORMAT = 1
+FORMAT = 2
 PAD, BOS, EOS, N_SPECIAL = 0, 1, 2, 3
 # GPT-4's way of cutting text into words before any merge, but with digits in pairs
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
@@ -66,7 +67,7 @@ class Tokenizer:
     """Text to ids and back, made from the plain dict that meta.json and every checkpoint carry."""
 
     def __init__(self, spec):
-        self.bpe = None  # bytes
+        self.bpe, self.words = None, spec.get("words")  # neither: bytes, or the grey values of pixels
         if spec["kind"] == "gpt2":
             tiktoken = need("tiktoken")
             self.bpe = within(20, lambda: tiktoken.get_encoding("gpt2"))
@@ -77,14 +78,21 @@ class Tokenizer:
             ranks = {base64.b64decode(b): rank for rank, b in enumerate(spec["ranks"])}
             self.bpe = need("tiktoken").Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks,
                                                  special_tokens={})
-        self.vocab_size = N_SPECIAL + (self.bpe.n_vocab if self.bpe else 256)
+        self.vocab_size = N_SPECIAL + (self.bpe.n_vocab if self.bpe else len(self.words or range(256)))
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65535 else np.uint32)
 
     def encode(self, text):
+        if self.words:
+            for word in text.split():
+                if word not in self.words:
+                    raise SystemExit(f"{word!r} is no word of this data set, which knows only: {' '.join(self.words)}")
+            return [self.words.index(word) + N_SPECIAL for word in text.split()]
         return [t + N_SPECIAL for t in (self.bpe.encode_ordinary(text) if self.bpe else text.encode("utf-8", "replace"))]
 
     def decode(self, ids):
         raw = [int(i) - N_SPECIAL for i in ids if N_SPECIAL <= i < self.vocab_size]
+        if self.words:
+            return " ".join(self.words[t] for t in raw)
         return (self.bpe.decode_bytes(raw) if self.bpe else bytes(raw)).decode("utf-8", errors="replace")
 
     def encode_rows(self, texts, label):
@@ -108,14 +116,17 @@ def train_bpe(sides, vocab_size):
 
 # ---- reading ----
 
-def read_text(path):
-    raw = Path(path).read_bytes()
-    if not raw.strip():
-        raise SystemExit(f"{path} is empty")
+def read_text(path, empty=True):
+    """A UTF-8 file, its byte order mark left out; empty=False refuses one that holds nothing."""
     try:
+        raw = Path(path).read_bytes()
+        if not empty and not raw.strip():
+            raise SystemExit(f"{path} is empty")
         return raw.decode("utf-8").removeprefix("\ufeff")
+    except OSError as e:
+        raise SystemExit(f"{path} cannot be read: {e.strerror}")
     except UnicodeDecodeError as e:
-        raise SystemExit(f"{path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start}")
+        raise SystemExit(f"{path} is not UTF-8 (byte 0x{raw[e.start]:02x} at offset {e.start}): convert it first, for example with iconv")
 
 def first_gap(a, b):
     """The row near which two sides part: the lengths of true pairs go together, those of shifted pairs do not."""
@@ -124,34 +135,59 @@ def first_gap(a, b):
     by_chance = np.abs(x - np.random.default_rng(0).permutation(y) - shift).mean()
     return int(np.argmax(np.cumsum(np.r_[0, 0.75 * by_chance - np.abs(x - y - shift)])))
 
-def hub(source, repo, patterns, get):
-    """{split: list of get(row)} from a folder in the hub's layout, or from the hub, or from its cache when offline."""
+def hub(source, repo, patterns, get, revision=None):
+    """{split: list of get(row)} from a folder in the hub's layout, or from the hub, or from its cache when offline; and
+    the names of the classes, if the rows have labels with names. A pattern may hold several, joined by |: the first that
+    matches counts."""
     if source is None:
         requests, endpoint = need("requests"), need("huggingface_hub.constants").ENDPOINT
         offline = within(4, lambda: [requests.head(endpoint, timeout=3)]) is None
         try:
             source = need("huggingface_hub").snapshot_download(
-                repo, repo_type="dataset", allow_patterns=list(patterns.values()), local_files_only=offline)
+                repo, repo_type="dataset", allow_patterns=[p for pattern in patterns.values() for p in pattern.split("|")],
+                revision=revision, local_files_only=offline)
         except Exception as e:
             why = "no network" if offline else " ".join(str(e).split())[:150]
             raise SystemExit(f"{repo} cannot be fetched from the hub ({why}): name a local copy with --source=DIR")
-    files = {split: sorted(glob.glob(f"{glob.escape(source)}/{pattern}")) for split, pattern in patterns.items()}
+    found = lambda pattern: (sorted(glob.glob(f"{glob.escape(source)}/{p}")) for p in pattern.split("|"))
+    files = {split: next(filter(None, found(pattern)), None) for split, pattern in patterns.items()}
     for split, pattern in patterns.items():
         if not files[split]:
-            raise SystemExit(f"{source} has no {pattern}: --source must be a copy of {repo} in the hub's own layout")
+            raise SystemExit(f"{source} has no {pattern.split('|')[0]}: --source must be a copy of {repo} in the hub's own layout")
     kind = "json" if files["train"][0].endswith(".jsonl") else "parquet"
     with tempfile.TemporaryDirectory() as cache:  # for this call alone: cached rows silently come back old
         try:
             rows = need("datasets").load_dataset(kind, data_files=files, cache_dir=cache)
-            return {split: [get(row) for row in tqdm(rows[split], f"read {split}", leave=False)] for split in files}
+            names = getattr(rows["train"].features.get("label"), "names", None)
+            return {split: [get(row) for row in tqdm(rows[split], f"read {split}", leave=False)] for split in files}, names
         except Exception as e:
             why = " ".join(str(e.__cause__ or e).split())[:150]
             raise SystemExit(f"{source}: its {kind} rows cannot be read or lack a field ({type(e).__name__}: {why})")
 
 # ---- writing ----
 
-def write_encdec(out, spec, splits, cap=None):
-    """Tokenises {split: (sources, targets)}; train rows that do not fit cap are dropped, others left to the loader."""
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """open(path) for writing, all there or not there: a temporary file, flushed to the disk, then renamed."""
+    try:
+        with open(f"{path}.tmp", mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise
+
+def write_ragged(out, stem, ids, lengths):
+    """Rows of any length in one line, and where each begins."""
+    ids.tofile(out / f"{stem}.bin")
+    np.r_[0, np.cumsum(lengths)].tofile(out / f"{stem}.idx")
+
+def write_encdec(out, spec, splits, trivial, cap=None):
+    """Tokenises {split: (sources, targets)}; train rows that do not fit cap are dropped, others left to the loader.
+    trivial(sources, targets) scores the sources as translations of themselves."""
     tok, stats, skipped = Tokenizer(spec), {}, {}
     for split, sides in splits.items():
         encoded = [tok.encode_rows(texts, f"{split}.{side}") for texts, side in zip(sides, ("src", "tgt"))]
@@ -164,13 +200,12 @@ def write_encdec(out, spec, splits, cap=None):
         if not keep.any():
             raise SystemExit(f"no {split} row is shorter than {cap} tokens")
         for (ids, lengths), texts, side in zip(encoded, sides, ("src", "tgt")):
-            ids[np.repeat(keep, lengths)].tofile(out / f"{split}.{side}.bin")
-            np.r_[0, np.cumsum(lengths[keep])].tofile(out / f"{split}.{side}.idx")
+            write_ragged(out, f"{split}.{side}", ids[np.repeat(keep, lengths)], lengths[keep])
             if split != "train":
                 (out / f"{split}.{side}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
         lengths = [lengths[keep] for _, lengths in encoded]
         stats[split] = {"rows": int(keep.sum()), "tokens": [int(n.sum()) for n in lengths],
-                        "longest": [int(n.max()) for n in lengths]}
+                        "longest": [int(n.max()) for n in lengths], "trivial": {"copy the source": trivial(*sides)}}
     longest = max(max(stats[split]["longest"]) for split in ("train", "val", "test"))
     return {"arch": "encdec", "vocab_size": tok.vocab_size, "dtype": tok.dtype.name, "tokenizer": spec,
             "block_size": min(longest // 8 * 8 + 8, cap or longest + 8),  # the row and one special id, in multiples of 8
@@ -194,24 +229,54 @@ def write_translation(out, splits, vocab_size, rows=None, seed=None):
         if not pairs:
             raise SystemExit(f"too few rows with text on both sides: none is left for {split}")
         splits[split] = list(zip(*pairs))
-    meta = write_encdec(out, train_bpe(splits["train"], vocab_size), splits, cap=256)
+    bleu = lambda src, tgt: need("sacrebleu").corpus_bleu(src, [tgt]).score
+    meta = write_encdec(out, train_bpe(splits["train"], vocab_size), splits, lambda src, tgt: bleu(src[:2000], tgt[:2000]), cap=256)
     return {"metric": "bleu", **meta, "skipped": {**skipped, **meta["skipped"]}}
 
-def write_labelled(out, spec, splits, classes, block_size):
-    """From {split: (texts, labels)} to one ragged file of tokens and one label a row; a long row is the loader's to cut."""
-    tok, stats = Tokenizer(spec), {}
-    for split, (texts, labels) in splits.items():
-        ids, lengths = tok.encode_rows(texts, split)
-        keep = lengths > 0
-        ids.tofile(out / f"{split}.src.bin")                   # an empty row adds nothing to it
-        np.r_[0, np.cumsum(lengths[keep])].tofile(out / f"{split}.src.idx")
-        np.asarray(labels, dtype=np.int64)[keep].tofile(out / f"{split}.label.bin")
-        stats[split] = {"rows": int(keep.sum()), "tokens": int(lengths.sum()), "longest": int(lengths.max()),
-                        "empty": int((~keep).sum()), "cut": int((lengths > block_size).sum())}
-    skipped = {f"{split}: {what}": s[key] for key, what in (("empty", "empty, skipped"), ("cut", "longer than block_size, cut by the loader"))
-               for split, s in stats.items() if s[key]}
+def write_labelled(out, spec, splits, block_size, **meta):
+    """From {split: (ids, lengths, labels)} or {split: (ids, lengths, labels, groups)} to a ragged file of tokens and its
+    labels, one a row or one a token (-1: nothing is asked there); groups, one a label, are what the accuracy is broken
+    down by. An empty row is skipped, a long one is the loader's to cut."""
+    tok, stats, skipped, most = Tokenizer(spec), {}, {}, None
+    for split, (ids, lengths, *labels) in splits.items():
+        labels = [np.asarray(label, dtype=np.int32) for label in labels]
+        if len(labels[0]) == len(lengths):
+            labels = [label[lengths > 0] for label in labels]
+        elif len(labels[0]) != len(ids):
+            raise ValueError(f"{split}: {len(labels[0])} labels for {len(lengths)} rows of {len(ids)} tokens")
+        write_ragged(out, f"{split}.src", np.asarray(ids, dtype=tok.dtype), lengths[lengths > 0])
+        for name, label in zip(("label", "group"), labels):
+            label.tofile(out / f"{split}.{name}.bin")
+        asked = labels[0][labels[0] >= 0]
+        most = np.bincount(asked).argmax() if split == "train" else most
+        stats[split] = {"rows": int((lengths > 0).sum()), "tokens": int(lengths.sum()), "longest": int(lengths.max()),
+                        "trivial": {"majority class": float((asked == most).mean())}}
+        for count, what in (((lengths == 0).sum(), "empty, skipped"), ((lengths > block_size).sum() * (split != "long"), f"longer than {block_size} tokens, cut by the loader")):
+            skipped |= {f"{split}: {what}": int(count)} if count else {}
     return {"arch": "encoder", "metric": "acc", "vocab_size": tok.vocab_size, "dtype": tok.dtype.name, "tokenizer": spec,
-            "n_classes": len(classes), "classes": classes, "block_size": block_size, "splits": stats, "skipped": skipped}
+            "block_size": block_size, "labels": "row" if len(labels[0]) == stats[split]["rows"] else "token",
+            "splits": stats, "skipped": skipped, **meta}
+
+def hold_out(pairs, seed, rows):
+    """A tenth of the training rows becomes val, so that test chooses nothing."""
+    order, k = np.random.default_rng(seed).permutation(len(pairs)), len(pairs) // 10
+    return {"train": [pairs[i] for i in order[k:][:rows]], "val": [pairs[i] for i in order[:k]]}
+
+def pixels(images):
+    """(n, height, width) grey values -> ids and lengths of rows."""
+    flat = images.reshape(len(images), -1)
+    return flat.ravel().astype(np.uint16) + N_SPECIAL, np.full(len(flat), flat.shape[1])
+
+def picture(path, images, names):
+    """The first 16 images and their classes, to look at."""
+    need("matplotlib").use("Agg")
+    figure, axes = need("matplotlib.pyplot").subplots(2, 8, figsize=(12, 3.6), layout="constrained")
+    for ax, image, name in zip(axes.flat, images, names):
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+        ax.set_title(name)
+    for ax in axes.flat:
+        ax.axis("off")
+    figure.savefig(path, dpi=100)
 
 # ---- the data sets: each writes its files into `out` and returns its share of meta.json ----
 
@@ -264,21 +329,21 @@ def numbers(out, seed=1337, rows=100_000):
         train[bad] = rng.integers(low[bad], high[bad])
     values = {"train": train.tolist(), "val": val, "test": test, "long": far.tolist()}
     splits = {split: ([en(n) for n in ns], [de(n) for n in ns]) for split, ns in values.items()}
-    return {"metric": "exact", **write_encdec(out, {"kind": "bytes"}, splits),
+    return {"metric": "exact", **write_encdec(out, {"kind": "bytes"}, splits, lambda src, tgt: float(np.mean([a == b for a, b in zip(src, tgt)]))),
             "note": "split long: 500 numbers of 7 to 9 digits, beyond the trained range"}
 
 # 4,000: in 29,000 captions a rarer token is seen too seldom to be learned, and its table would outweigh a small model
 def multi30k(out, source=None, vocab_size=4000, rows=None):
     """Multi30k image captions, English to German; test is test_2016_flickr, raw and cased."""
     files = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
-    return write_translation(out, hub(source, "bentrevett/multi30k", files, lambda row: (row["en"], row["de"])),
+    return write_translation(out, hub(source, "bentrevett/multi30k", files, lambda row: (row["en"], row["de"]))[0],
                              vocab_size, rows)
 
 def wmt16(out, source=None, vocab_size=16_000, rows=None):
     """WMT16, English to German."""
     files = {"train": "de-en/train-*.parquet", "val": "de-en/validation-*.parquet", "test": "de-en/test-*.parquet"}
     get = lambda row: (row["translation"]["en"], row["translation"]["de"])
-    return write_translation(out, hub(source, "wmt/wmt16", files, get), vocab_size, rows)
+    return write_translation(out, hub(source, "wmt/wmt16", files, get)[0], vocab_size, rows)
 
 def parallel(out, source, vocab_size=8000, seed=1337, rows=None):
     """Your own two files whose lines belong together; the first is translated into the second."""
@@ -287,7 +352,7 @@ def parallel(out, source, vocab_size=8000, seed=1337, rows=None):
         raise SystemExit(f"--source names {len(paths)} file(s): give train.en,train.de or these, val.* and test.* (six)")
     for split, a, b in zip(("train", "val", "test"), paths[::2], paths[1::2]):
         # not splitlines(): it also cuts at rare separators inside a row, and the two sides would drift apart
-        src, tgt = (read_text(path).removesuffix("\n").split("\n") for path in (a, b))
+        src, tgt = (read_text(path, empty=False).removesuffix("\n").split("\n") for path in (a, b))
         if len(src) != len(tgt):
             raise SystemExit(f"{a} has {len(src)} lines and {b} has {len(tgt)}: they seem to part near line "
                              f"{first_gap(src, tgt) + 1}")
@@ -298,7 +363,7 @@ def text(out, source, tokenizer="gpt2"):
     """Any plain text, for a decoder: 90 % train, 5 % val, 5 % test, in the order of the file, cut at line breaks."""
     if tokenizer not in ("gpt2", "bytes"):
         raise SystemExit(f"--tokenizer={tokenizer} is unknown: gpt2 or bytes")
-    whole, tok, block_size, start, stats, sizes = read_text(source), Tokenizer({"kind": tokenizer}), 256, 0, {}, {}
+    whole, tok, block_size, start, stats, sizes = read_text(source, empty=False), Tokenizer({"kind": tokenizer}), 256, 0, {}, {}
     for split, percent in (("train", 90), ("val", 95), ("test", 100)):
         end = len(whole) * percent // 100
         end = end if percent == 100 else whole.rfind("\n", max(0, end - 10_000), end) + 1 or end
@@ -308,20 +373,186 @@ def text(out, source, tokenizer="gpt2"):
         if len(ids) <= block_size:
             raise SystemExit(f"{source} is too short: its {split} split has {len(ids)} tokens and needs {block_size + 1}")
         ids.tofile(out / f"{split}.bin")
-        stats[split], sizes[split] = {"rows": 1, "tokens": len(ids), "longest": len(ids)}, len(part.encode("utf-8"))
+        sizes[split], seen = len(part.encode("utf-8")), np.bincount(ids, minlength=tok.vocab_size)
+        frequency = (seen[N_SPECIAL:] + 1) / (seen[N_SPECIAL:] + 1).sum() if split == "train" else frequency
+        stats[split] = {"rows": 1, "tokens": len(ids), "longest": len(ids),
+                        "trivial": {"token frequencies": float(-np.log2(frequency[ids - N_SPECIAL]).sum() / sizes[split])}}
     return {"arch": "decoder", "metric": "bpb", "vocab_size": tok.vocab_size, "dtype": tok.dtype.name,
             "block_size": block_size, "splits": stats, "bytes": sizes, "skipped": {}, "tokenizer": {"kind": tokenizer}}
 
 def imdb(out, source=None, seed=1337, rows=None):
     """IMDB reviews as bytes, negative or positive; val is a tenth of train, so that test chooses nothing."""
     files = {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}
-    splits = hub(source, "stanfordnlp/imdb", files, lambda row: (row["text"], row["label"]))
-    order = np.random.default_rng(seed).permutation(len(splits["train"]))
-    pairs, k = [splits["train"][i] for i in order], len(order) // 10
-    splits = {"train": pairs[k:][:rows], "val": pairs[:k], "test": splits["test"]}
-    return write_labelled(out, {"kind": "bytes"}, {s: list(zip(*pairs)) for s, pairs in splits.items()}, ["negative", "positive"], 1024)
+    splits, _ = hub(source, "stanfordnlp/imdb", files, lambda row: (row["text"], row["label"]))
+    splits |= hold_out(splits["train"], seed, rows)
+    spec = {"kind": "bytes"}
+    return write_labelled(out, spec, encode_labelled(spec, splits), 1024, n_classes=2, classes=["negative", "positive"])
 
-DATASETS = {"numbers": numbers, "multi30k": multi30k, "wmt16": wmt16, "text": text, "parallel": parallel, "imdb": imdb}
+def encode_labelled(spec, splits):
+    """{split: [(text, label)]} -> {split: (ids, lengths, labels)}"""
+    tok = Tokenizer(spec)
+    return {split: (*tok.encode_rows([text for text, _ in pairs], split), [label for _, label in pairs]) for split, pairs in splits.items()}
+
+def arxiv(out, source=None, rows=None, tokenizer="gpt2", min_len=0):
+    """Long papers of 11 arXiv categories (He et al. 2019). The no_ref rows are taken, where they are there: the others
+    spell the class in the text. --min_len keeps the longest documents only (WERSA's ArXiv-128k)."""
+    if tokenizer not in ("gpt2", "bytes"):
+        raise SystemExit(f"--tokenizer={tokenizer} is unknown: gpt2 or bytes")
+    stems = {"train": "train", "val": "validation", "test": "test"}
+    files = {split: f"no_ref/{s}/*.parquet|no_ref/{s}*.parquet|default/{s}/*.parquet|*/{s}*.parquet|{s}*.parquet" for split, s in stems.items()}
+    splits, names = hub(source, "ccdv/arxiv-classification", files, lambda row: (row["text"], row["label"]), "refs/convert/parquet")
+    splits["train"] = splits["train"][:rows]
+    spec, names = {"kind": tokenizer}, names or [str(c) for c in range(1 + max(label for pairs in splits.values() for _, label in pairs))]
+    splits, skipped = encode_labelled(spec, splits), {}
+    for split, (ids, lengths, labels) in splits.items():
+        keep = lengths >= min_len
+        if not keep.any():
+            raise SystemExit(f"no {split} document has {min_len} tokens, the longest has {lengths.max()}: lower --min_len")
+        skipped |= {f"{split}: shorter than {min_len} tokens, left out": int((~keep).sum())} if min_len else {}
+        splits[split] = ids[np.repeat(keep, lengths)], lengths[keep], np.asarray(labels)[keep]
+    meta = write_labelled(out, spec, splits, 4096, n_classes=len(names), classes=names)
+    return {**meta, "skipped": {**skipped, **meta["skipped"]}}
+
+def cifar10(out, source=None, seed=1337, rows=None):
+    """CIFAR-10 as rows of 1,024 grey pixels, read line by line (Long Range Arena's Image)."""
+    image = need("PIL.Image")
+    def get(row):
+        img = row["img"] if not isinstance(row["img"], dict) else image.open(io.BytesIO(row["img"]["bytes"]))
+        return np.asarray(img.convert("L").resize((32, 32)), dtype=np.uint8), row["label"]
+    files = {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}
+    splits, names = hub(source, "uoft-cs/cifar10", files, get)
+    splits |= hold_out(splits["train"], seed, rows)
+    names = names or "airplane automobile bird cat deer dog frog horse ship truck".split()
+    arrays = {split: [np.array(side) for side in zip(*pairs)] for split, pairs in splits.items()}
+    picture(out / "samples.png", arrays["train"][0], [names[label] for label in arrays["train"][1][:16]])
+    return write_labelled(out, {"kind": "pixels"}, {split: (*pixels(x), y) for split, (x, y) in arrays.items()}, 1024,
+                          n_classes=len(names), classes=names, image=[32, 32])
+
+OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]  # smallest, largest, median (rounded down), sum modulo 10
+
+def listops_rows(rng, count, min_len, max_len, max_depth, seen):
+    """count rows of the grammar with min_len < tokens < max_len, none of them in seen: flat token numbers (digits 0-9,
+    operators 10-13, closing bracket 14), lengths, values. Many trees grow at once, a level at a time."""
+    rows, values, idle = [], [], 0
+    while len(rows) < count:
+        n = max(256, min(20_000, 10**7 // max_len))
+        tree, kids, levels, length = np.arange(n), rng.integers(2, 11, n), [], np.zeros(n, dtype=int)  # a root is an operator: a digit is too short
+        for depth in range(1, max_depth + 1):
+            length += np.bincount(tree, 1 + (kids > 0), n).astype(int)
+            kids[length[tree] >= max_len] = 0          # too long already: let it wither
+            levels.append((tree, kids))
+            tree = np.repeat(tree, kids)
+            kids = rng.integers(2, 11, len(tree)) * (rng.random(len(tree)) < 0.25) * (depth + 1 < max_depth)
+        keep = (min_len < length) & (length < max_len)
+        levels = [(tree[keep[tree]], kids[keep[tree]]) for tree, kids in levels]
+        value = size = np.zeros(0, dtype=int)
+        nodes = []
+        for tree, kids in reversed(levels):            # values and sizes, from the leaves up
+            is_op, start = kids > 0, np.cumsum(kids) - kids
+            code, total = rng.integers(0, 10, len(kids)), np.ones(len(kids), dtype=int)
+            if is_op.any():
+                k, at = kids[is_op], start[is_op]
+                op, order = rng.integers(0, 4, len(k)), np.lexsort((value, np.repeat(np.arange(len(k)), k)))
+                ranked = value[order]
+                answers = ranked[at], ranked[at + k - 1], (ranked[at + (k - 1) // 2] + ranked[at + k // 2]) // 2, np.add.reduceat(value, at) % 10
+                total[is_op] = 2 + np.add.reduceat(size, at)
+            value_here = code.copy()
+            if is_op.any():
+                value_here[is_op], code[is_op] = np.choose(op, answers), 10 + op
+            nodes.append((code, total, kids, start, is_op, size))
+            value, size = value_here, total
+        length = size
+        flat, pos = np.zeros(length.sum(), dtype=np.uint8), np.cumsum(length) - length
+        begin = pos
+        for code, total, kids, start, is_op, below in reversed(nodes):  # places, from the root down
+            flat[pos] = code
+            flat[(pos + total - 1)[is_op]] = 14
+            before = np.cumsum(below) - below              # tokens of all nodes to the left, one level down
+            first = np.repeat(before[start[is_op]], kids[is_op])
+            pos = np.repeat(pos[is_op] + 1, kids[is_op]) + before - first
+        had = len(rows)
+        for b, l, v in zip(begin, length, value):
+            key = flat[b:b + l].tobytes()
+            if key not in seen and len(rows) < count:
+                seen.add(key)
+                rows.append(flat[b:b + l])
+                values.append(v)
+        idle = 0 if len(rows) > had else idle + 1
+        if idle == 20:
+            raise SystemExit(f"the grammar gives only {len(rows)} different rows of {min_len} to {max_len} tokens with --max_depth={max_depth}: "
+                             f"lower --min_len or --rows, or raise --max_len or --max_depth")
+    return np.concatenate(rows), np.array([len(r) for r in rows]), np.array(values)
+
+def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10):
+    """Nested lists of digits, what is their value? The grammar of Long Range Arena (arXiv 2011.04006; Nangia & Bowman
+    2018): an argument is an operator with probability 1/4, of 2 to 10 arguments. Split long: twice as long."""
+    if not 1 <= min_len < max_len or max_depth < 2:
+        raise SystemExit(f"--min_len={min_len}, --max_len={max_len}, --max_depth={max_depth}: a row needs 1 <= min_len < max_len, and a max_depth of at least 2")
+    rng, seen, splits, held = np.random.default_rng(seed), set(), {}, max(1, min(2000, rows // 8))
+    for split, count, low, high in (("train", rows, min_len, max_len), ("val", held, min_len, max_len), ("test", held, min_len, max_len),
+                                    ("long", min(500, held), max_len, 2 * max_len)):
+        try:
+            splits[split] = listops_rows(rng, count, low, high, max_depth, seen)
+        except SystemExit:
+            if split != "long":
+                raise                                      # so shallow a tree cannot be twice as long
+    roots = {split: ids[np.cumsum(n) - n] - 10 for split, (ids, n, _) in splits.items()}
+    best = [np.bincount(splits["train"][2][roots["train"] == op], minlength=1).argmax() for op in range(4)]
+    spec = {"kind": "words", "words": [str(d) for d in range(10)] + OPERATORS + ["]"]}
+    meta = write_labelled(out, spec, {split: (ids + N_SPECIAL, n, y) for split, (ids, n, y) in splits.items()}, max_len,
+                          n_classes=10, classes=[str(d) for d in range(10)])
+    for split, (_, _, y) in splits.items():
+        meta["splits"][split]["trivial"]["root operator"] = float((np.take(best, roots[split]) == y).mean())
+    return meta
+
+def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6):
+    """A chain of signs told in any order: "b = - a ; a = + 1 ;", what is each letter? (arXiv 2206.04301.) In train and
+    val only the first n_tr links of the chain are asked for, in test all; split long has twice the links, 26 at most."""
+    if not 1 <= n_tr <= n_links <= 26:
+        raise SystemExit(f"--n_tr={n_tr}, --n_links={n_links}: a chain needs 1 <= n_tr <= n_links <= 26, a letter a link")
+    rng, splits = np.random.default_rng(seed), {}
+    letters, equals, sign, one, end = [chr(97 + i) for i in range(26)], 26, 27, 29, 30
+    for split, count, links, asked in (("train", rows, n_links, n_tr), ("val", 1000, n_links, n_tr), ("test", 2000, n_links, n_links),
+                                       ("long", 1000, min(26, 2 * n_links), 26)):
+        names, minus = rng.random((count, 26)).argsort(1)[:, :links], rng.integers(0, 2, (count, links))
+        source = np.concatenate((np.full((count, 1), one), names[:, :-1]), 1)
+        clauses = np.stack((names, np.full_like(names, equals), sign + minus, source, np.full_like(names, end)), -1)
+        link, order = np.broadcast_to(np.arange(links), names.shape), rng.random(names.shape).argsort(1)
+        label, group = np.full(clauses.shape, -1), np.zeros(clauses.shape, dtype=int)
+        label[..., 0], group[..., 0] = np.where(link < asked, minus.cumsum(1) % 2, -1), link + 1
+        ids, label, group = (np.take_along_axis(v, order[..., None], 1).ravel() for v in (clauses, label, group))
+        splits[split] = ids + N_SPECIAL, np.full(count, 5 * links), label, group
+    return write_labelled(out, {"kind": "words", "words": letters + ["=", "+", "-", "1", ";"]}, splits, 5 * n_links,
+                          n_classes=2, classes=["+1", "-1"], pool="token", groups="link", asked_every=5,
+                          note=f"train and val ask for the first {n_tr} of {n_links} links, test for all")
+
+def recall(out, seed=1337, rows=50_000, n_pairs=32, n_keys=128):
+    """Multi-query associative recall (arXiv 2312.04927): "k7 v3 k1 v9 ...", then every key again, in any order, for its
+    value. 1, 2, 4, ... n_pairs pairs a row; split long has 2 and 4 times n_pairs."""
+    if not 1 <= n_pairs <= n_keys:
+        raise SystemExit(f"--n_pairs={n_pairs}, --n_keys={n_keys}: needs 1 <= n_pairs <= n_keys, as a key has one value")
+    rng, splits = np.random.default_rng(seed), {}
+    powers, more = [2**i for i in range(n_pairs.bit_length())], [p for p in (2 * n_pairs, 4 * n_pairs) if p <= n_keys]
+    for split, count, choice in (("train", rows, powers), ("val", 1000, powers), ("test", 2000, powers), ("long", 500, more)):
+        pairs = rng.choice(choice, count) if choice else []
+        ids, label, group = [], [], []
+        for p in pairs:
+            keys, values = rng.permutation(n_keys)[:p], n_keys + rng.integers(0, n_keys, p)
+            told = np.stack((keys, values), 1)
+            again = rng.permutation(told)
+            ids += [told.ravel(), again.ravel()]
+            label += [np.full(2 * p, -1), np.stack((again[:, 1] + N_SPECIAL, np.full(p, -1)), 1).ravel()]
+            group.append(np.full(4 * p, p))
+        if ids:
+            splits[split] = np.concatenate(ids) + N_SPECIAL, 4 * np.asarray(pairs), np.concatenate(label), np.concatenate(group)
+    words = [f"k{i}" for i in range(n_keys)] + [f"v{i}" for i in range(n_keys)]
+    meta = write_labelled(out, {"kind": "words", "words": words}, splits, 4 * n_pairs, groups="pairs", arch="decoder")
+    for split, (_, _, label, group) in splits.items():
+        meta["splits"][split]["trivial"] = {"a value of the row": float((1 / group[label >= 0]).mean())}
+    return meta
+
+DATASETS = {"numbers": numbers, "multi30k": multi30k, "wmt16": wmt16, "text": text, "parallel": parallel, "listops": listops,
+            "lego": lego, "recall": recall, "imdb": imdb, "cifar10": cifar10, "arxiv": arxiv}
 
 # ---- what train.py and sample.py import ----
 
@@ -344,10 +575,9 @@ def load_meta(folder):
     raise SystemExit(f"{folder} {why}: make it anew with python prepare_data.py --dataset={folder.name} "
                      f"--data_dir={folder.parent} --force")
 
-def read_ragged(folder, stem):
+def read_ragged(folder, stem, dtype):
     """Tokens and offsets, so that row i is tokens[offsets[i]:offsets[i + 1]]; a stream without .idx is one row."""
     path = Path(folder) / stem
-    dtype = json.loads((path.parent / "meta.json").read_text(encoding="utf-8"))["dtype"]
     tokens = np.memmap(f"{path}.bin", dtype=dtype, mode="r")
     has_rows = os.path.exists(f"{path}.idx")
     return tokens, np.memmap(f"{path}.idx", dtype=np.int64, mode="r") if has_rows else np.array([0, len(tokens)])
@@ -363,19 +593,18 @@ def fingerprint(source):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
-def prepare(name, data_dir="data", source=None, vocab_size=None, seed=None, rows=None, tokenizer=None, force=False,
-            exact=False):
+def prepare(name, data_dir="data", force=False, exact=False, source=None, **flags):
     """Makes data_dir/name unless it is there, and returns its path. An option left at None means the data set's default,
     or whatever an existing folder was made with; exact compares an existing folder with the defaults too."""
     if name not in DATASETS:
         raise SystemExit(unknown("data set", name, DATASETS))
-    flags = dict(source=source, vocab_size=vocab_size, seed=seed, rows=rows, tokenizer=tokenizer)
-    given = {key: value for key, value in flags.items() if value is not None}
+    given = {key: value for key, value in dict(flags, source=source).items() if value is not None}
     options = {key: p.default for key, p in inspect.signature(DATASETS[name]).parameters.items() if key != "out"}
     for key in given.keys() - options.keys() - {"seed"}:
         raise SystemExit(f"{name} takes no --{key}, only " + ", ".join(f"--{known}" for known in options))
-    if rows is not None and rows < 1:
-        raise SystemExit(f"--rows={rows} must be at least 1")
+    for key, value in given.items():
+        if isinstance(value, int) and value < (key not in ("seed", "min_len")):
+            raise SystemExit(f"--{key}={value} must be at least {int(key not in ('seed', 'min_len'))}")
     options.update({key: value for key, value in given.items() if key in options})
     settings = {**options, "source": fingerprint(source) if source else None}
 
@@ -404,7 +633,9 @@ def prepare(name, data_dir="data", source=None, vocab_size=None, seed=None, rows
                 pass
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
+        started = time.time()
         meta = {"format": FORMAT, "name": name, "note": "", **DATASETS[name](tmp, **options), "settings": settings,
+                "seconds": round(time.time() - started, 1),
                 "files": {p.name: p.stat().st_size for p in sorted(tmp.iterdir())},
                 "created_by": "python " + shlex.join(sys.argv)}
         meta["tokenizer"] = meta.pop("tokenizer", None)  # last, because a BPE fills thousands of lines
@@ -465,10 +696,15 @@ def summary(folder, meta, seconds):
         print(f"  {split:5s} | rows {s['rows']:,} | tokens {both(s['tokens'])} | longest {both(s['longest'])}")
     for reason, count in meta["skipped"].items():
         print(f"  {count:,} rows {reason}")
+    print("  trivial scores on test |", ", ".join(f"{name} {score:.3f}" for name, score in meta["splits"]["test"]["trivial"].items()))
+    if meta["note"]:
+        print(f"  {meta['note']}")
     if meta["arch"] == "encdec":
         print("  test 0 |", " -> ".join(read_text(f"{folder}/test.{side}.txt").split("\n")[0] for side in ("src", "tgt")))
-    elif meta["arch"] == "decoder" and meta["tokenizer"]:
-        ids = np.fromfile(f"{folder}/train.bin", dtype=meta["dtype"], count=64)
+    elif os.path.exists(f"{folder}/samples.png"):
+        print(f"  16 images are drawn in {folder}/samples.png")
+    else:
+        ids = np.fromfile(f"{folder}/train{'.src' * ('labels' in meta)}.bin", dtype=meta["dtype"], count=64)
         print(f"  train begins | {Tokenizer(meta['tokenizer']).decode(ids)[:100]!r}")
 
 def main():
@@ -477,9 +713,13 @@ def main():
     parser.add("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
     parser.add("--vocab_size", type=int, help="ids of the trained BPE, special ones included")
-    parser.add("--tokenizer", help="for text: gpt2 (default) or bytes")
+    parser.add("--tokenizer", help="for text and arxiv: gpt2 (default) or bytes")
     parser.add("--rows", type=int, help="use only so many training rows")
     parser.add("--seed", type=int, help="for what is drawn or shuffled, 1337 by default")
+    for flag, what in dict(min_len="listops: a row is longer than this many tokens; arxiv: a document has at least as many", max_len="listops: and shorter than this",
+                           max_depth="listops: levels of nesting", n_links="lego: clauses of a row", n_tr="lego: links whose values are told in training",
+                           n_pairs="recall: the most pairs of a row", n_keys="recall: keys, and as many values").items():
+        parser.add(f"--{flag}", type=int, help=what)
     parser.add("--force", type=bool, default=False, help="replace a data set made with other settings")
     args = parser.parse_args()
     if args.dataset not in DATASETS:

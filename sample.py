@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from model import Haar, ModelConfig, WaveletTransformer, Wavspa, Wersa, daubechies
-from prepare_data import BOS, EOS, PAD, Parser, Tokenizer
+from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, read_text, replacing
 
 FORMAT = 1  # of ckpt.pt and best.pt
 
@@ -44,10 +44,10 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), Tokenizer(ckpt["meta"]["tokenizer"]), ckpt["meta"]
 
 
-def collate(rows, head=(), tail=()):
-    """Lists of ids -> (B, T) int64, each row between head and tail, padded at its end to a multiple of 8."""
+def collate(rows, head=(), tail=(), fill=PAD):
+    """Lists of ids -> (B, T) int64, each row between head and tail, filled up at its end to a multiple of 8."""
     n = max(len(r) for r in rows) + len(head) + len(tail)
-    out = np.full((len(rows), n + -n % 8), PAD, dtype=np.int64)
+    out = np.full((len(rows), n + -n % 8), fill, dtype=np.int64)
     for i, r in enumerate(rows):
         out[i, :len(head) + len(r) + len(tail)] = [*head, *r, *tail]
     return torch.from_numpy(out)
@@ -60,9 +60,9 @@ def by_length(rows, batch_size):
 
 
 def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0.0, top_k=None, batch_size=128,
-              max_new_tokens=None, progress=False):
+              max_new_tokens=None, progress=False, block_size=None):
     """One output string per text, in the order given, and how many texts were cut to --block_size. Empty in, empty out."""
-    device, block_size = model.wte.weight.device, model.config.block_size
+    device, block_size = model.wte.weight.device, block_size or model.config.block_size
     rows = [tokenizer.encode(t.strip()) for t in texts]
     cut = sum(len(r) > block_size - 1 for r in rows)
     rows, out = [r[:block_size - 1] for r in rows], [""] * len(texts)
@@ -115,10 +115,11 @@ def main():
     if args.input is not None:
         if arch == "decoder":
             p.error("--input goes line by line, which a decoder's checkpoint cannot: use --start=FILE:name")
-        texts = read_text(args.input).split("\n")
+        texts = read_text(args.input).replace("\r\n", "\n").split("\n")
         texts = texts[:-1] if texts[-1] == "" else texts       # the last line's own line end
     else:
-        texts = [read_text(args.start[5:]) if args.start.startswith("FILE:") else args.start] * args.num_samples
+        is_file = args.start.startswith("FILE:") and "image" not in meta
+        texts = [read_text(args.start[5:]) if is_file else args.start] * args.num_samples
 
     if arch == "encdec":
         sampled = dict(temperature=args.temperature or 0.0, top_k=args.top_k, beam=args.beam, length_penalty=args.length_penalty)
@@ -130,14 +131,20 @@ def main():
             print(f"{cut} of {len(texts)} inputs were longer than {model.config.block_size - 1} tokens and were cut", file=sys.stderr)
         write_lines(args.output, [" ".join(r.splitlines()) for r in results])
     elif arch == "encoder":
-        names, results = meta.get("classes"), []
-        rows = [tokenizer.encode(t)[:model.config.block_size] or [EOS] for t in texts]
+        rows, results = [read_image(t, meta["image"]) if "image" in meta else tokenizer.encode(t) for t in texts], []
+        cut = sum(len(r) > model.config.block_size for r in rows)
+        rows = [r[:model.config.block_size] or [EOS] for r in rows]
+        if cut:
+            print(f"{cut} of {len(rows)} inputs were longer than {model.config.block_size} tokens and were cut", file=sys.stderr)
         for i in range(0, len(rows), args.batch_size):
             with torch.no_grad():
                 logits, _ = model(collate(rows[i:i + args.batch_size]).to(args.device))
-            for prob in logits.softmax(-1).tolist():
-                best = max(range(len(prob)), key=prob.__getitem__)
-                results.append(f"{names[best] if names else best}\t{prob[best]:.3f}")
+            for row, prob in zip(rows[i:i + args.batch_size], logits.softmax(-1)):
+                best = [meta["classes"][c] for c in prob.argmax(-1).view(-1)]
+                if model.config.pool == "token":               # one answer for each token that is asked for
+                    results.append(" ".join(f"{tokenizer.decode([row[t]])}={best[t]}" for t in range(0, len(row), meta["asked_every"])))
+                else:
+                    results.append(f"{best[0]}\t{prob.max():.3f}")
         write_lines(args.output, results)
     else:
         temperature = 0.8 if args.temperature is None else args.temperature
@@ -149,6 +156,20 @@ def main():
                 raise SystemExit(e)
             print(tokenizer.decode(out[0].tolist()))
             print("---------------")
+
+
+def read_image(name, shape):
+    """FILE:x.png -> the ids of its grey pixels, line by line."""
+    import matplotlib.image
+    try:
+        pixels = matplotlib.image.imread(name.removeprefix("FILE:"))
+    except Exception as e:                                     # as many as there are formats
+        raise SystemExit(f"{name.removeprefix('FILE:')} cannot be read as an image ({e}): this checkpoint classifies --start=FILE:x.png")
+    pixels = pixels * 255.0 if pixels.dtype == np.float32 else pixels.astype(float)
+    grey = pixels if pixels.ndim == 2 else pixels[..., :3] @ [0.299, 0.587, 0.114]
+    if list(grey.shape) != shape:
+        raise SystemExit(f"{name.removeprefix('FILE:')} has {grey.shape[1]} x {grey.shape[0]} pixels, this checkpoint was trained on {shape[1]} x {shape[0]}: scale it first")
+    return (grey.round().astype(int).ravel() + N_SPECIAL).tolist()
 
 
 def show_wavelets(model, path):
@@ -189,24 +210,12 @@ def show_wavelets(model, path):
     print(f"drawn to {path}")
 
 
-def read_text(path):
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            return f.read().replace("\r\n", "\n")
-    except OSError as e:
-        raise SystemExit(f"{path} cannot be read: {e.strerror}")
-    except UnicodeDecodeError as e:
-        raise SystemExit(f"{path} is not UTF-8 (byte {e.start}): convert it first, for example with iconv")
-
-
 def write_lines(path, lines):
     if path is None:
         return print("\n".join(lines))
-    tmp = f"{path}.tmp"
     try:
-        with open(tmp, "w", encoding="utf-8") as f:
+        with replacing(path) as f:
             f.writelines(line + "\n" for line in lines)
-        os.replace(tmp, path)
     except OSError as e:
         raise SystemExit(f"{path} cannot be written: {e.strerror}")
 

@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -49,6 +50,7 @@ VARIANTS = [" ".join(v.split()) for v in """
     wavspa wavspa_causal=atrous wavelet=db3 wavelet_params=ada wavspa_shared=0 inner=wersa levels=3 pos=none
     wersa | wersa wersa_levels=0 | wersa wersa_adaptive=0 n_features=7 | wersa wersa_levels=3 pos=none orthogonal_features=1
     wersa feature_map=exp beta=1.5 | wersa feature_map=exp wersa_levels=3 orthogonal_features=1 bias=1""".strip().replace("\n", "|").split("|")]
+VARIANTS += [m for m in M.MIXERS if m != "fourier" and m not in {v.split()[0] for v in VARIANTS}]     # one that you have added
 READERS = ["cross=attention", "cross=attention pos=none bias=1", "cross=wersa", "cross=wersa feature_map=exp cross_ratio=0.5 bias=1",
            "cross=aligned levels=2", "cross=aligned cross_ratio=1.5 bias=1", "cross=aligned cross_ratio=0.5 aligned_content=0 levels=2"]
 MIXED = ["attention", "haar", "haar haar_causal=partial", "haar pos=learned", "wavspa", "wavspa wavspa_causal=atrous", "wavspa wavelet_params=lift inner=wersa",
@@ -782,18 +784,165 @@ def test_number_names():
     assert len({de(n) for n in range(20000)}) == len({en(n) for n in range(20000)}) == 20000
 
 
-def test_numbers_are_the_same_everywhere(tmp_path):
-    # catches: order of a set or dict, a seed not used, held-out values in training
-    digest = lambda d: hashlib.sha256(b"".join(open(os.path.join(d, f), "rb").read() for f in sorted(os.listdir(d)) if f != "meta.json")).hexdigest()
-    a, b, c = (prepare_data.prepare("numbers", str(tmp_path / str(i)), rows=2000, seed=s) for i, s in enumerate((1337, 1337, 7)))
-    assert digest(a) == digest(b) != digest(c)
-    assert digest(a)[:16] == "174afb97677d9f13"
+def test_numbers_held_out_are_never_trained_on(tmp_path):
+    # catches: held-out values in training, one row twice in a test
+    a = prepare_data.prepare("numbers", str(tmp_path), rows=2000)
     tok = Tokenizer(prepare_data.load_meta(a)["tokenizer"])
-    ids, idx = prepare_data.read_ragged(a, "train.src")
+    ids, idx = prepare_data.read_ragged(a, "train.src", "uint16")
     train = {tok.decode(ids[i:j]) for i, j in zip(idx, idx[1:])}
     for split in ("val", "test"):
         rows = open(os.path.join(a, f"{split}.src.txt")).read().split("\n")[:-1]
         assert len(set(rows)) == 1000 and not train & set(rows)
+
+
+def made(name, tmp_path, **flags):
+    """-> the folder of a generated data set, its meta, and a function: split -> rows of words."""
+    folder = prepare_data.prepare(name, str(tmp_path), **flags)
+    meta = prepare_data.load_meta(folder)
+    def rows(split):
+        ids, idx = prepare_data.read_ragged(folder, f"{split}.src", meta["dtype"])
+        return [[meta["tokenizer"]["words"][t - 3] for t in ids[i:j]] for i, j in zip(idx, idx[1:])]
+    return folder, meta, rows
+
+
+def labels_of(folder, split, name="label"):
+    return np.fromfile(os.path.join(folder, f"{split}.{name}.bin"), dtype=np.int32)
+
+
+@each("name", ("numbers", "listops", "lego", "recall"))
+def test_generated_data_are_the_same_everywhere(name, tmp_path):
+    # catches: order of a set or dict, a seed not used, a generator that follows the number of cores
+    flags = dict(rows=160, **dict(min_len=5, max_len=60, max_depth=5) if name == "listops" else {})
+    digest = lambda d: hashlib.sha256(b"".join(open(os.path.join(d, f), "rb").read() for f in sorted(os.listdir(d)) if f.endswith((".bin", ".idx", ".txt")))).hexdigest()
+    a, b, c = (prepare_data.prepare(name, str(tmp_path / str(i)), seed=s, **flags) for i, s in enumerate((1337, 1337, 7)))
+    assert digest(a) == digest(b) != digest(c)
+    assert digest(a)[:12] == DIGESTS[name]
+
+
+DIGESTS = dict(numbers="3cafe6170ca1", listops="bfca5b66779b", lego="cbca611bfd40", recall="071fcaa31006")
+
+
+def value_and_depth(words):
+    """A ListOps row read word by word with a stack: its value, its depth, the numbers of arguments of its operators."""
+    stack, depth, arguments = [[]], 0, []
+    for w in words:
+        if w[0] == "[":
+            stack.append([w])
+            depth = max(depth, len(stack) - 1)
+        elif w == "]":
+            op, *v = stack.pop()
+            arguments.append(len(v))
+            v.sort()
+            middle = v[len(v) // 2] if len(v) % 2 else int((v[len(v) // 2 - 1] + v[len(v) // 2]) / 2)
+            stack[-1].append({"[MIN": v[0], "[MAX": v[-1], "[MED": middle, "[SM": sum(v) % 10}[op])
+        else:
+            stack[-1].append(int(w))
+    (value,), = stack
+    return value, depth + 1, arguments                         # the deepest operator's digits are one level below it
+
+
+def test_listops_against_a_stack(tmp_path):
+    # catches: a median rounded up, an argument beside its own list, a row in train and test, lengths off by one, too deep a tree
+    folder, meta, rows = made("listops", tmp_path, rows=3000, min_len=20, max_len=90, max_depth=6)
+    seen, arguments = {}, []
+    for split in ("train", "val", "test", "long"):
+        low, high = (90, 180) if split == "long" else (20, 90)
+        for words, label in zip(rows(split), labels_of(folder, split), strict=True):
+            value, depth, args = value_and_depth(words)
+            assert value == label and low < len(words) < high and depth <= 6
+            assert seen.setdefault(" ".join(words), split) == split
+            arguments += args
+    assert set(arguments) == set(range(2, 11)) and abs(np.mean(arguments) - 6) < 0.5 and max(value_and_depth(w)[1] for w in rows("long")) == 6
+    trivial, test = meta["splits"]["test"]["trivial"], list(zip(rows("test"), labels_of(folder, "test")))
+    votes = {op: np.bincount([y for w, y in zip(rows("train"), labels_of(folder, "train")) if w[0] == op]).argmax() for op in ("[MIN", "[MAX", "[MED", "[SM")}
+    assert trivial["root operator"] == np.mean([votes[w[0]] == y for w, y in test]) > trivial["majority class"] > 0.1
+    with pytest.raises(SystemExit, match="only 4.. different rows"):
+        prepare_data.listops(tmp_path, rows=1000, min_len=1, max_len=5, max_depth=2)
+
+
+def test_lego_chains_can_be_followed(tmp_path):
+    # catches: a clause that names the wrong letter, a label out of step with the shuffled clauses, later links told in training
+    folder, meta, rows = made("lego", tmp_path, rows=300, n_links=8, n_tr=3)
+    for split, links, told in (("train", 8, 3), ("val", 8, 3), ("test", 8, 8), ("long", 16, 16)):
+        labels, groups = (labels_of(folder, split, name).reshape(-1, links, 5) for name in ("label", "group"))
+        assert (labels[..., 1:] == -1).all() and (groups[..., 1:] == 0).all()
+        for words, label, group in zip(rows(split), labels[..., 0], groups[..., 0], strict=True):
+            clauses = [words[i:i + 5] for i in range(0, len(words), 5)]
+            of = {c[0]: (c[3], c[2] == "-") for c in clauses}
+            for c, y, g in zip(clauses, label, group):
+                letter, minus, link = c[0], 0, 0
+                while letter != "1":
+                    letter, flip = of[letter]
+                    minus, link = minus ^ flip, link + 1
+                assert link == g and y == (minus if link <= told else -1)
+
+
+def test_recall_rows_answer_themselves(tmp_path):
+    # catches: a key with two values, an answer before its question, a key that is never asked
+    folder, meta, rows = made("recall", tmp_path, rows=300, n_pairs=8, n_keys=40)
+    for split, sizes in (("train", {1, 2, 4, 8}), ("test", {1, 2, 4, 8}), ("long", {16, 32})):
+        labels, groups, at, seen = labels_of(folder, split), labels_of(folder, split, "group"), 0, set()
+        for words in rows(split):
+            p = len(words) // 4
+            told = dict(zip(words[:2 * p:2], words[1:2 * p:2]))
+            assert len(told) == p and sorted(told) == sorted(words[2 * p::2]) and (groups[at:at + 4 * p] == p).all()
+            want = [-1] * 2 * p + [v for k in words[2 * p::2] for v in (meta["tokenizer"]["words"].index(told[k]) + 3, -1)]
+            assert labels[at:at + 4 * p].tolist() == want
+            at, seen = at + 4 * p, seen | {p}
+        assert at == len(labels) and seen == sizes
+
+
+def test_token_labels_groups_and_longer_rows_through_training(work):
+    # catches: labels shifted against their tokens, groups of another row, a longer test that is silently cut, a bos that moves everything by one
+    data = os.path.join(work, "data")
+    prepare_data.prepare("lego", data, rows=400, n_links=2, n_tr=1)
+    prepare_data.prepare("recall", data, rows=800, n_pairs=2, n_keys=4)
+    more = ["--n_embd=32", "--max_iters=200", "--eval_interval=100", "--learning_rate=1e-2", "--log_interval=100", "--dropout=0"]
+    said = run("train.py", *TINY, *more, "--dataset=lego", "--mixer=attention", "--out_dir=lego", cwd=work)
+    result = json.load(open(os.path.join(work, "lego", "result.json")))
+    assert result["test"]["groups"]["1"] > 0.95 and set(result["test"]["groups"]) == {"1", "2"} and 0.4 < result["trivial"]["majority class"] < 0.6
+    assert set(result["far"]["groups"]) == {"1", "2", "3", "4"} and result["far"]["block_size"] >= 20 and "trivial: majority class" in said
+    assert "a=-1" in run("sample.py", "--out_dir=lego", "--start=a = - 1 ; b = + a ;", cwd=work)
+    run("train.py", *TINY, *more, "--dataset=recall", "--mixer=attention", "--out_dir=recall", "--n_layer=2", cwd=work)
+    result = json.load(open(os.path.join(work, "recall", "result.json")))
+    assert result["test"]["groups"]["1"] > 0.9 and result["test_metric"] > result["trivial"]["a value of the row"] and set(result["far"]["groups"]) == {"4"}
+    answer = run("sample.py", "--out_dir=recall", "--start=k1 v2 k1", "--max_new_tokens=1", "--temperature=0", cwd=work)
+    assert answer.startswith("k1 v2 k1 v2")
+
+
+def test_evaluation_is_the_loop_over_rows(work):
+    # catches: a last batch that weighs as much as a full one, padding counted as right, another split at --eval_block_size
+    run("train.py", *TINY, "--mixer=attention", "--out_dir=far", "--max_iters=4", "--eval_block_size=120", cwd=work)
+    result, (model, tok, meta) = json.load(open(os.path.join(work, "far", "result.json"))), load_model(os.path.join(work, "far", "best.pt"))
+    for found, split, n in ((result["test"], "test", 1000), (result["far"], "long", 500)):
+        loss = right = count = 0
+        src, tgt = (open(os.path.join(work, "data", "numbers", f"{split}.{side}.txt"), encoding="utf-8").read().split("\n")[:-1] for side in ("src", "tgt"))
+        for a, b in zip(src, tgt):
+            a, b = tok.encode(a), tok.encode(b)
+            with torch.no_grad():
+                logits, _ = model(torch.tensor([[1] + b]), src=torch.tensor([a + [2]]))
+            loss += F.cross_entropy(logits[0], torch.tensor(b + [2]), reduction="sum").item()
+            right, count = right + (logits[0].argmax(-1) == torch.tensor(b + [2])).sum().item(), count + len(b) + 1
+        assert abs(found["loss"] - loss / count) < 1e-4 and abs(found["accuracy"] - right / count) < 2e-4 and len(src) == n
+    assert result["far"]["split"] == "long" and result["far"]["block_size"] == 120
+
+
+def test_roc_auc_and_the_leak_alarm(work):
+    # catches: ties counted whole, an alarm that never rings, one that rings on generated words
+    source = open(os.path.join(HERE, "train.py"), encoding="utf-8").read()
+    scope = dict(np=np)
+    exec(re.search(r"def roc_auc.*?(?=\n\n\n)", source, re.S)[0], scope)
+    rng = np.random.default_rng(0)
+    score, positive = rng.integers(0, 6, 200), rng.random(200) < 0.3
+    pairs = [(a > b) + (a == b) / 2 for a in score[positive] for b in score[~positive]]
+    assert abs(scope["roc_auc"](score, positive) - np.mean(pairs)) < 1e-12
+    with open(os.path.join(work, "en"), "w") as f, open(os.path.join(work, "de"), "w") as g:
+        f.write("the same words again\n" * 400), g.write("immer die gleichen Worte\n" * 400)
+    prepare_data.prepare("parallel", os.path.join(work, "data"), source=f"{work}/en,{work}/de", vocab_size=260)
+    flags = [*TINY, "--dataset=parallel", "--mixer=attention", "--out_dir=alarm", "--max_iters=100", "--eval_interval=50", "--learning_rate=1e-2", "--log_interval=50"]
+    said = run("train.py", *flags, cwd=work)
+    assert said.count("warning: perplexity") >= 1 and "nrefs:1|case:mixed" in said
+    assert "warning: perplexity" not in run("train.py", *TINY, "--mixer=haar", "--out_dir=quiet", "--max_iters=1", cwd=work)
 
 
 def test_translation_data_from_the_hubs_layout(tmp_path):
@@ -805,7 +954,7 @@ def test_translation_data_from_the_hubs_layout(tmp_path):
     meta = prepare_data.load_meta(folder)
     assert meta["splits"]["train"]["rows"] == 60 and sum(meta["skipped"].values()) == 1 and meta["vocab_size"] <= 300
     tok = Tokenizer(json.loads(json.dumps(meta["tokenizer"])))
-    ids, idx = prepare_data.read_ragged(folder, "val.tgt")
+    ids, idx = prepare_data.read_ragged(folder, "val.tgt", "uint16")
     assert [tok.decode(ids[i:j]) for i, j in zip(idx, idx[1:])] == open(f"{folder}/val.tgt.txt").read().split("\n")[:-1]
     assert tok.decode(tok.encode("neue Wörter 🙂")) == "neue Wörter 🙂"
 
@@ -825,6 +974,70 @@ def test_imdb_from_the_hubs_layout_trains_an_encoder(tmp_path):
                "--learning_rate=5e-3", "--metric_rows=40", "--out_dir=out", cwd=tmp_path)
     assert float(re.search(r"test accuracy ([\d.]+) \(n=40", said)[1]) > 0.95
     assert run("sample.py", "--start=good good movie", cwd=tmp_path).startswith("positive\t")
+
+
+def test_cifar10_and_arxiv_from_the_hubs_layout(tmp_path):
+    # catches: colours read as three rows, labels named wrongly, documents cut in the files, a class that the text spells
+    pa, pq, image = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet"), pytest.importorskip("PIL.Image")
+    def png(i):
+        image.fromarray(np.full((32, 32, 3), (10 + i % 2 * 200, 0, i), dtype=np.uint8)).save(f := io.BytesIO(), "PNG")
+        return dict(bytes=f.getvalue(), path=None)
+    (tmp_path / "c" / "plain_text").mkdir(parents=True)
+    for split, n in (("train", 100), ("test", 30)):
+        pq.write_table(pa.table({"img": [png(i) for i in range(n)], "label": [i % 2 for i in range(n)]}), tmp_path / "c" / "plain_text" / f"{split}-00000-of-00001.parquet")
+    folder = prepare_data.prepare("cifar10", str(tmp_path / "data"), source=str(tmp_path / "c"))
+    meta = prepare_data.load_meta(folder)
+    ids, idx = prepare_data.read_ragged(folder, "test.src", meta["dtype"])
+    assert [meta["splits"][s]["rows"] for s in ("train", "val", "test")] == [90, 10, 30] and set(np.diff(idx)) == {1024}
+    assert ids[idx[2]] == 3 + int(10 * 0.299 + 2 * 0.114) and ids[idx[3]] == 3 + int(210 * 0.299 + 3 * 0.114 + 0.5) and meta["classes"][0] == "airplane"
+    run("train.py", *TINY, "--dataset=cifar10", "--mixer=haar", "--learning_rate=1e-2", "--max_iters=20", "--out_dir=c10", cwd=tmp_path)
+    assert json.load(open(tmp_path / "c10" / "result.json"))["test"]["auc"] > 0.9
+    (tmp_path / "x.png").write_bytes(png(1)["bytes"]), (tmp_path / "y.png").write_bytes(b"no image")
+    assert run("sample.py", "--out_dir=c10", "--start=FILE:x.png", cwd=tmp_path).split("\t")[0] in ("airplane", "automobile")
+    assert "cannot be read as an image" in run("sample.py", "--out_dir=c10", "--start=FILE:y.png", cwd=tmp_path, code=1)
+
+    for config in ("no_ref", "default"):
+        for split, n in (("train", 40), ("validation", 10), ("test", 12)):
+            (tmp_path / "a" / config / split).mkdir(parents=True)
+            rows = [(f"{config} " + "abc"[i % 3] * (40 + i)) * (i % 4) for i in range(n)]
+            pq.write_table(pa.table({"text": rows, "label": [i % 3 for i in range(n)]}), tmp_path / "a" / config / split / "0000.parquet")
+    folder = prepare_data.prepare("arxiv", str(tmp_path / "data"), source=str(tmp_path / "a"), tokenizer="bytes", min_len=60)
+    meta = prepare_data.load_meta(folder)
+    ids, idx = prepare_data.read_ragged(folder, "train.src", meta["dtype"])
+    assert bytes((ids[:7] - 3).astype(np.uint8)) == b"no_ref " and np.diff(idx).min() >= 60 and len(meta["classes"]) == 3
+    assert meta["skipped"]["train: shorter than 60 tokens, left out"] == sum((47 + i) * (i % 4) < 60 for i in range(40))
+    said = run("train.py", *TINY, "--dataset=arxiv", "--mixer=wersa", "--block_size=131072", "--batch_size=2", "--max_iters=2", "--out_dir=ax", cwd=tmp_path)
+    assert "block 131,072" in said.replace("131072", "131,072") and "test AUC" in said
+
+
+def test_preparation_is_all_or_nothing(tmp_path):
+    # catches: a half-written folder taken for a data set, temporary files left, another format read as this one
+    for source, name, words in (("", "text", "empty"), ("  \n", "text", "empty"), ("abc", "text", "too short")):
+        (tmp_path / "t").write_text(source)
+        with pytest.raises(SystemExit, match=words):
+            prepare_data.prepare(name, str(tmp_path / "data"), source=str(tmp_path / "t"), tokenizer="bytes")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); import prepare_data; prepare_data.main()"
+    full = subprocess.run([sys.executable, "-c", limit, "--dataset=lego", "--rows=20000"], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=HERE), capture_output=True, text=True)
+    assert full.returncode == 1 and full.stderr.strip().splitlines()[-1].startswith("data/lego cannot be made")
+    p = start("prepare_data.py", "--dataset=listops", cwd=tmp_path)
+    while not any("tmp" in f for f in os.listdir(tmp_path / "data")):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=30)
+    assert p.returncode == 130 and "nothing was changed" in err and "Traceback" not in err
+    assert os.listdir(tmp_path / "data") == []
+    run("prepare_data.py", "--dataset=listops", "--rows=20", "--min_len=5", "--max_len=30", cwd=tmp_path)
+    assert os.listdir(tmp_path / "data") == ["listops"]
+    meta = json.loads((tmp_path / "data" / "listops" / "meta.json").read_text())
+    (tmp_path / "data" / "listops" / "meta.json").write_text(json.dumps(dict(meta, format=1)))
+    said = run("train.py", *TINY, "--dataset=listops", cwd=tmp_path, code=1)
+    assert "has format 1 and this code reads" in said and "--force" in said and said.count("\n") == 1
+    began = time.time()
+    with pytest.raises(SystemExit, match="--source=DIR"):
+        os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+        prepare_data.prepare("cifar10", str(tmp_path / "data"))
+    assert time.time() - began < 15 and os.listdir(tmp_path / "data") == ["listops"]
 
 
 def test_damaged_data_is_one_line(tmp_path):

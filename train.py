@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, Parser, Tokenizer, load_meta, prepare, read_ragged
+from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, load_meta, prepare, read_ragged, replacing
 from sample import FORMAT, collate, load_checkpoint, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
@@ -54,7 +54,7 @@ p.add("--data_dir", default="data", help="where prepare_data.py puts data sets")
 p.add("--out_dir", default="out", help="checkpoints, log.csv, config.json; an earlier run found there is moved aside")
 p.add("--resume", type=bool, default=False, help="go on from out_dir/ckpt.pt, with its settings")
 p.add("--leak", type=bool, default=False, help="allow a decoder with --haar_causal=literal, which reads its own labels")
-p.section("model (a data set sets arch, vocab_size, block_size, n_classes and cross_ratio)")
+p.section("model (a data set sets arch, vocab_size, block_size, n_classes, pool and cross_ratio)")
 comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(ModelConfig), re.M))
 for f in dataclasses.fields(ModelConfig):
     p.add(f"--{f.name}", type=f.type, default=f.default, choices=CHOICES.get(f.name), help=comments.get(f.name, ""))
@@ -73,6 +73,7 @@ p.section("evaluation, log, machine")
 p.add("--eval_interval", type=int, default=200, help="steps between evaluations, each followed by a checkpoint")
 p.add("--eval_rows", type=int, default=1000, help="validation rows whose loss is taken")
 p.add("--metric_rows", type=int, default=200, help="validation rows that are decoded for exact match or BLEU")
+p.add("--eval_block_size", type=int, default=None, help="test at this length too, on the split long where there is one; default: the longest of that split; 0 = do not")
 p.add("--beam", type=int, default=1, help="beams of the last test; 1 = greedy")
 p.add("--log_interval", type=int, default=10)
 p.add("--seed", type=int, default=1337)
@@ -133,9 +134,9 @@ if master and not os.path.exists(os.path.join(folder, "meta.json")):
 if world > 1:
     dist.barrier()
 meta = load_meta(folder)
-from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes") if k in meta} | {"cross_ratio": meta.get("ratio", 1.0)}
+from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta} | {"cross_ratio": meta.get("ratio", 1.0)}
 for k, v in from_data.items():
-    if k == "vocab_size" or (k not in given and k not in PRESETS[preset] and not ckpt):
+    if k in ("vocab_size", "n_classes") or (k not in given and k not in PRESETS[preset] and not ckpt):
         settings[k] = v
 cfg = type(args)(**settings)
 try:
@@ -157,6 +158,8 @@ if cfg.arch != meta["arch"]:
 for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_rows", "metric_rows", "beam", "log_interval"):
     if getattr(cfg, name) < 1:
         stop(f"--{name}={getattr(cfg, name)} must be at least 1", 2)
+if cfg.eval_block_size is not None and cfg.eval_block_size < 0:
+    stop(f"--eval_block_size={cfg.eval_block_size} must be at least 1 (or 0 to leave it out)", 2)
 for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate"):
     if not 0 <= getattr(cfg, name) < math.inf:
         stop(f"--{name}={getattr(cfg, name)} must be at least 0", 2)
@@ -165,17 +168,25 @@ if step_rows % world:
     stop(f"--batch_size={cfg.batch_size} * --gradient_accumulation_steps={cfg.gradient_accumulation_steps} rows cannot be shared by {world} processes")
 micro_steps = -(-step_rows // (world * cfg.batch_size))
 tokenizer = Tokenizer(meta["tokenizer"])
-ragged = cfg.arch != "decoder"
+ragged = cfg.arch == "encdec" or "labels" in meta             # rows; else one long text
 
 
 class Rows:
-    """Sentence pairs, or rows with a label, of one split, and an order that is a function of (seed, step)."""
+    """Sentence pairs, or rows with labels, of one split, cut to T tokens, and an order that is a function of (seed, step)."""
 
-    def __init__(self, split):
-        self.sides = [read_ragged(folder, f"{split}.{side}") for side in (("src", "tgt") if cfg.arch == "encdec" else ("src",))]
-        self.labels = np.memmap(os.path.join(folder, f"{split}.label.bin"), dtype=np.int64, mode="r") if cfg.arch == "encoder" else None
-        room = T_max - 1 if cfg.arch == "encdec" else T_max    # for bos or eos
+    def __init__(self, split, T=T_max):
+        self.sides = [read_ragged(folder, f"{split}.{side}", meta["dtype"]) for side in (("src", "tgt") if cfg.arch == "encdec" else ("src",))]
+        room = T - (cfg.arch != "encoder")                     # for bos or eos
         self.lengths = [np.minimum(np.diff(idx), room) for _, idx in self.sides]
+        self.cut = int(sum(np.diff(idx) > room for _, idx in self.sides).astype(bool).sum())
+        of = lambda name: np.memmap(os.path.join(folder, f"{split}.{name}.bin"), dtype=np.int32, mode="r")
+        self.labels, self.groups = of("label") if "labels" in meta else None, of("group") if "groups" in meta else None
+        self.asked = self.lengths[-1] + 1 if self.labels is None else np.ones(len(self), dtype=int)     # targets of each row
+        if meta.get("labels") == "token":
+            before, begin = np.r_[0, np.cumsum(self.labels >= 0)], self.sides[0][1][:-1]
+            self.asked = before[begin + self.lengths[0]] - before[begin]
+            if not self.asked.all():
+                stop(f"--block_size={T} cuts {(self.asked == 0).sum()} {split} rows of {cfg.dataset} so short that nothing is asked in them: raise it")
         self.epoch, self.plan = None, None
 
     def __len__(self):
@@ -197,38 +208,52 @@ class Rows:
         """-> (idx, targets, src) or (idx, targets), padded at their ends, and how many targets count."""
         texts = [[tokens[idx[r]:idx[r] + n[r]] for r in rows] for (tokens, idx), n in zip(self.sides, self.lengths)]
         if self.labels is not None:
-            return (collate(texts[0]), torch.from_numpy(self.labels[rows])), len(rows)
+            return (collate(texts[0], head=[BOS] * (cfg.arch == "decoder")), self.beside(rows, self.labels)), self.weight(rows)
         src, tgt = texts
         return (collate(tgt, head=[BOS]), collate(tgt, tail=[EOS]), collate(src, tail=[EOS])), self.weight(rows)
 
+    def beside(self, rows, values):
+        """Labels or groups of rows: (B,), or (B, T) beside the tokens, -1 where there is none."""
+        if meta["labels"] == "row":
+            return torch.from_numpy(values[rows].astype(np.int64))
+        (_, idx), n = self.sides[0], self.lengths[0]
+        return collate([values[idx[r]:idx[r] + n[r]] for r in rows], head=[-1] * (cfg.arch == "decoder"), fill=-1)
+
     def weight(self, rows=slice(None)):
-        return len(self.lengths[0][rows]) if self.labels is not None else int((self.lengths[1][rows] + 1).sum())
+        return int(self.asked[rows].sum())
 
 
 class Stream:
-    """One long text: training windows anywhere, drawn by (seed, step); evaluation windows side by side."""
+    """One long text: training windows of T tokens anywhere, drawn by (seed, step); evaluation windows side by side."""
 
-    def __init__(self, split):
-        self.tokens = read_ragged(folder, split)[0]
-        self.starts = np.arange(0, len(self.tokens) - 1, T_max)
-        if len(self.tokens) <= T_max:
-            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --block_size={T_max}: lower it, or bring more text")
+    cut, groups = 0, None
+
+    def __init__(self, split, T=T_max):
+        self.tokens, self.T = read_ragged(folder, split, meta["dtype"])[0], T
+        self.starts = np.arange(0, len(self.tokens) - 1, T)
+        if len(self.tokens) <= T:
+            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --block_size={T}: lower it, or bring more text")
 
     def __len__(self):
         return len(self.starts)
 
     def at(self, step):
-        return np.random.default_rng([cfg.seed, step]).integers(0, len(self.tokens) - T_max, step_rows)
+        return np.random.default_rng([cfg.seed, step]).integers(0, len(self.tokens) - self.T, step_rows)
 
     def batch(self, starts):
-        rows = [self.tokens[s:s + T_max + 1] for s in starts]
+        rows = [self.tokens[s:s + self.T + 1] for s in starts]
         return (collate([r[:-1] for r in rows]), collate([r[1:] for r in rows])), sum(len(r) - 1 for r in rows)
 
     def weight(self, starts):
-        return sum(min(T_max, len(self.tokens) - 1 - s) for s in starts)
+        return sum(min(self.T, len(self.tokens) - 1 - s) for s in starts)
 
 
-splits = {s: (Rows if ragged else Stream)(s) for s in ("train", "val", "test")}
+Data = Rows if ragged else Stream
+splits = {s: Data(s) for s in ("train", "val", "test")}
+far = "long" if "long" in meta["splits"] else "test"           # what is measured at --eval_block_size
+T_far = cfg.eval_block_size
+if T_far is None:
+    T_far = int(np.max(meta["splits"]["long"]["longest"])) + 1 if far == "long" else 0
 train = splits["train"]
 average = step_rows * (train.weight() / len(train) if ragged else T_max)     # targets in a step
 
@@ -276,6 +301,9 @@ peak = next((v for k, v in PEAK.items() if device_type == "cuda" and dtype != "f
 say(f"device       {device}" + (f" ({torch.cuda.get_device_name()})" if device_type == "cuda" else f" ({torch.get_num_threads()} threads)") + f", {world} process{'es' * (world > 1)}")
 say(f"dtype        {dtype}" + (" (autocast)" if dtype != "float32" else "") + f", compile {'on' if compiled else 'off'} ({'as asked' if cfg.compile is not None else 'default for ' + device_type})")
 say(f"data         {cfg.dataset}: " + ", ".join(f"{len(d):,} {s}" for s, d in splits.items()) + {"encdec": " pairs", "encoder": " rows", "decoder": " windows"}[cfg.arch] + f", vocabulary {cfg.vocab_size:,}, block {T_max}")
+cut = ", ".join(f"{d.cut:,} of {len(d):,} {s}" for s, d in splits.items() if d.cut)
+if cut:
+    say(f"             rows longer than --block_size={T_max}, cut: {cut}")
 say(f"model        {cfg.arch}, {cfg.mixer}" + (f", cross {cfg.cross}" if cfg.arch == "encdec" else "") + f": {n_params:,} parameters ({n_mix:,} in mixers, {n_emb:,} in embeddings)")
 for group, name in zip(optimizer.param_groups, ("decay", "no decay")):
     say(f"optimiser    {name}: {len(group['params'])} tensors, {sum(q.numel() for q in group['params']):,} parameters")
@@ -293,52 +321,81 @@ def total_over_ranks(*values):
     return t.tolist()
 
 
+def roc_auc(score, positive):
+    """Area under the ROC curve, the chance that a positive row scores above a negative one, ties counting half."""
+    _, at, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank, n = (np.cumsum(count) - (count - 1) / 2)[at], positive.sum()
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+
+def from_all_ranks(mine):
+    """The values of rows that were dealt out by [rank::world], in their order."""
+    parts = [mine]
+    if world > 1:
+        dist.all_gather_object(parts := [None] * world, mine)
+    out = [None] * sum(map(len, parts))
+    for r, part in enumerate(parts):
+        out[r::world] = part
+    return out
+
+
 @torch.no_grad()
-def evaluate(split, limit):
-    """Mean loss per target over the first rows of a split, the same ones each time, shared by all processes."""
+def evaluate(data, limit):
+    """The first rows of a split, the same each time, shared by all processes -> loss (mean per target), accuracy (of the
+    likeliest answers), groups (the same for each group of targets), auc (of row labels, mean over classes)."""
     model.eval()
-    data, total, count = splits[split], 0.0, 0
+    most = int(data.groups.max()) + 1 if data.groups is not None else 0
+    total, count, right, asked, probs, labels = 0.0, 0, np.zeros(most + 1), np.zeros(most + 1), [], []
     rows = np.arange(min(limit, len(data)))[rank::world] if ragged else data.starts[:limit][rank::world]
     for i in range(0, len(rows), cfg.batch_size):
-        tensors, n = data.batch(rows[i:i + cfg.batch_size])
+        chunk = rows[i:i + cfg.batch_size]
+        tensors, n = data.batch(chunk)
+        tensors = to_device(tensors)
         with autocast:
-            total, count = total + model(*to_device(tensors))[1].item() * n, count + n
+            logits, loss = model(*tensors)
+        total, count, targets = total + loss.item() * n, count + n, tensors[1].cpu()
+        counted = targets >= 0 if "labels" in meta else targets != PAD
+        group = data.beside(chunk, data.groups)[counted] if most else torch.full((int(counted.sum()),), most)
+        hit = logits.argmax(-1).cpu()[counted] == targets[counted]
+        right, asked = right + np.bincount(group, hit, most + 1), asked + np.bincount(group, minlength=most + 1)
+        if meta.get("labels") == "row":
+            probs, labels = probs + list(logits.float().softmax(-1).cpu().numpy()), labels + targets.tolist()
     model.train()
-    total, count = total_over_ranks(total, count)
-    return total / count
+    total, count, *both = total_over_ranks(total, count, *right, *asked)
+    right, asked = both[:most + 1], both[most + 1:]
+    result = dict(loss=total / count, accuracy=sum(right) / sum(asked))
+    if most:
+        result["groups"] = {g: right[g] / asked[g] for g in range(most) if asked[g]}
+    if meta.get("labels") == "row":
+        probs, labels = np.array(from_all_ranks(probs)), np.array(from_all_ranks(labels))
+        present = [c for c in range(probs.shape[1]) if 0 < (labels == c).sum() < len(labels)][-1 if probs.shape[1] == 2 else 0:]
+        result["auc"] = float(np.mean([roc_auc(probs[:, c], labels == c) for c in present])) if present else None
+    if meta["metric"] == "bleu" and (result["loss"] < math.log(3.5) or result["accuracy"] > 0.75):
+        say(f"warning: perplexity {math.exp(result['loss']):.2f}, token accuracy {result['accuracy']:.2f} with the true words before each: on real text "
+            "this is a leak, not a breakthrough (a mixer that sees its own label, test rows in training), unless the rows are very regular")
+    return result
 
 
 @torch.no_grad()
-def score(split, loss, limit, beam=1):
-    """The task's own metric: bits per byte, accuracy, or, on text that the model decoded, exact match or BLEU."""
-    if cfg.arch == "decoder":
-        return loss / math.log(2) * meta["splits"][split]["tokens"] / meta["bytes"][split]
-    if cfg.arch == "encoder":
-        model.eval()
-        rows, right = np.arange(min(limit, len(splits[split])))[rank::world], 0
-        for i in range(0, len(rows), cfg.batch_size):
-            idx, targets = to_device(splits[split].batch(rows[i:i + cfg.batch_size])[0])
-            with autocast:
-                right += (model(idx)[0].argmax(-1) == targets).sum().item()
-        model.train()
-        right, n = total_over_ranks(right, len(rows))
-        return right / n
-    src, ref = (open(os.path.join(folder, f"{split}.{side}.txt"), encoding="utf-8").read().split("\n")[:min(limit, len(splits[split]))] for side in ("src", "tgt"))
+def score(split, found, limit, beam=1, T=T_max):
+    """The task's own metric: bits per byte or accuracy, which evaluate found, or, on text that the model decodes here,
+    exact match or BLEU."""
+    if meta["metric"] == "bpb":
+        return found["loss"] / math.log(2) * meta["splits"][split]["tokens"] / meta["bytes"][split]
+    if meta["metric"] == "acc":
+        return found["accuracy"]
+    model.eval()
+    src, ref = (open(os.path.join(folder, f"{split}.{side}.txt"), encoding="utf-8").read().split("\n")[:-1][:limit] for side in ("src", "tgt"))
     with autocast:
-        mine, _ = translate(model, tokenizer, src[rank::world], beam=beam, batch_size=max(1, 256 // beam))
+        mine, _ = translate(model, tokenizer, src[rank::world], beam=beam, batch_size=max(1, 256 // beam), block_size=T)
     model.train()
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, mine)
-    hyp = [""] * len(src)
-    for r in range(world):
-        hyp[r::world] = parts[r] if world > 1 else mine
+    hyp = from_all_ranks(mine)
     if meta["metric"] == "exact":
         return sum(h == r for h, r in zip(hyp, ref)) / len(ref)
     import sacrebleu
     bleu = sacrebleu.metrics.BLEU()
     result = bleu.corpus_score(hyp, [ref]).score
-    if limit >= len(splits[split]):
+    if limit >= meta["splits"][split]["rows"]:
         say(f"sacreBLEU signature: {bleu.get_signature()}")
     return result
 
@@ -347,15 +404,11 @@ METRIC = {"exact": "exact match", "bleu": "BLEU", "bpb": "bits per byte", "acc":
 
 
 def write(path, obj):
-    """torch.save that is all there or not there: a temporary file, flushed to disk, then renamed."""
     if not master:
         return
     try:
-        with open(path + ".tmp", "wb") as f:
+        with replacing(path, "wb") as f:
             torch.save(obj, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as e:
         stop(f"{path} cannot be written ({e}): the last checkpoint is intact; make room and go on with --resume")
 
@@ -387,7 +440,7 @@ if master:
         else:
             with open(log_path, "w", newline="") as f:
                 csv.writer(f).writerow(["step", "loss", "norm", "lr", "val_loss", "val_metric"])
-        with open(os.path.join(out, "config.json"), "w") as f:
+        with replacing(os.path.join(out, "config.json")) as f:
             json.dump(settings, f, indent=1)
     except OSError as e:
         stop(f"--out_dir={out} cannot be written: {e.strerror}")
@@ -416,8 +469,8 @@ first, val_loss = iter_num, math.inf
 batches, size = micro_batches(iter_num)
 while True:
     if (iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters) and not evaluated:
-        val_loss = evaluate("val", cfg.eval_rows)
-        val_metric = score("val", val_loss, cfg.metric_rows)
+        found = evaluate(splits["val"], cfg.eval_rows)
+        val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
         best_loss = min(best_loss, val_loss)
         say(f"step {iter_num:05d}/{cfg.max_iters:05d} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}" + (" | best" if val_loss == best_loss else ""))
         log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
@@ -467,12 +520,31 @@ seconds += time.time() - t_start
 if world > 1:
     dist.barrier()
 model.load_state_dict(load_checkpoint(best_path, device)["model"])
-test_loss = evaluate("test", 10**9)
-test_score = score("test", test_loss, 10**9, cfg.beam)
-result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), test_loss=test_loss, test_metric=test_score, metric=METRIC, n=len(splits["test"]))
+found = evaluate(splits["test"], 10**9)
+test_score = score("test", found, 10**9, cfg.beam)
+result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), test_loss=found["loss"], test_metric=test_score, metric=METRIC,
+              n=len(splits["test"]), test=found, trivial=meta["splits"]["test"]["trivial"],
+              data=dict(rows=meta["splits"]["train"]["rows"], tokens=int(np.sum(meta["splits"]["train"]["tokens"])), seconds=meta["seconds"]))
+say(f"{cfg.max_iters} steps in {seconds / 60:.1f} minutes | test loss {found['loss']:.4f} | test {METRIC} {test_score:.4f} (n={len(splits['test'])}, best.pt) | trivial: "
+    + ", ".join(f"{name} {value:.3f}" for name, value in result["trivial"].items()))
+if meta["metric"] in ("bleu", "exact"):
+    say(f"test perplexity {math.exp(found['loss']):.3f}, token accuracy {found['accuracy']:.4f}, given the true tokens before each")
+if found.get("auc"):
+    say(f"test AUC {found['auc']:.4f}")
+if "groups" in found:
+    say(f"test accuracy by {meta['groups']}: " + ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items()))
+if T_far:
+    try:
+        data = Data(far, T_far)
+        found = evaluate(data, 10**9)
+        result["far"] = dict(found, split=far, block_size=T_far, metric=score(far, found, 10**9, cfg.beam, T_far), n=len(data),
+                             trivial=meta["splits"][far]["trivial"])
+        say(f"{far} at up to {T_far} tokens (trained at {T_max}) | loss {found['loss']:.4f} | {METRIC} {result['far']['metric']:.4f} (n={len(data)})"
+            + (f" | by {meta['groups']}: " + ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items()) if "groups" in found else ""))
+    except ValueError as e:
+        say(f"{far} at {T_far} tokens: {e}")
 if master:
-    with open(os.path.join(out, "result.json"), "w") as f:
+    with replacing(os.path.join(out, "result.json")) as f:
         json.dump(result, f, indent=1)
-say(f"{cfg.max_iters} steps in {seconds / 60:.1f} minutes | test loss {test_loss:.4f} | test {METRIC} {test_score:.4f} (n={len(splits['test'])}, best.pt)")
 if world > 1:
     dist.destroy_process_group()
