@@ -180,25 +180,64 @@ def extend(x, left, right, n, period):
     return x.gather(-2, j.expand(-1, -1, x.size(-1)))
 
 
+class Mix(torch.autograd.Function):
+    """Tensors x_j (..., T, C) and a small matrix W (R, n) or one for each channel (R, n, C) -> y_r = sum_j W[r, j] x_j: the
+    arithmetic of every transform here. A later x may have fewer rows, which are then the last ones. Autograd alone would
+    store, pad and add up each product."""
+
+    @staticmethod
+    def forward(ctx, W, *x):
+        ctx.save_for_backward(W, *x)
+        y = tuple(w[0] * x[0] for w in W)
+        for y_r, w in zip(y, W):
+            for w_j, x_j in zip(w[1:], x[1:]):
+                Mix.end(y_r, x_j).addcmul_(w_j, x_j)
+        return y
+
+    @staticmethod
+    def end(y, x):                                             # the rows of y that x is added to
+        return y[..., y.size(-2) - x.size(-2):, :]
+
+    @staticmethod
+    def backward(ctx, *dy):
+        W, *x = ctx.saved_tensors
+        dx, dW = [None] * len(x), None
+        for j, u in enumerate(x):
+            if ctx.needs_input_grad[1 + j]:
+                dx[j] = W[0, j] * Mix.end(dy[0], u)
+                for w, d in zip(W[1:, j], dy[1:]):
+                    dx[j].addcmul_(w, Mix.end(d, u))
+                dx[j] = dx[j].to(u.dtype)
+        if ctx.needs_input_grad[0]:
+            total = (lambda v: v.float().flatten(0, -2).sum(0)) if W.dim() == 3 else torch.sum
+            dW = torch.stack([total(Mix.end(d, u) * u) for d in dy for u in x]).view_as(W)
+        return dW, *dx
+
+
+def mix(W, *x):
+    return Mix.apply(W, *x)
+
+
 def fir(x, taps):
-    """y[k] = sum_m taps[m] * x[2k + m], x (..., T, C), taps (F,) or (F, C) -> (..., (T - F) // 2 + 1, C): half a filter bank."""
-    K = (x.size(-2) - len(taps)) // 2 + 1
-    y = taps[0] * x[..., 0:max(0, 2 * K - 1):2, :]
-    for m in range(1, len(taps)):
-        y = y + taps[m] * x[..., m:max(m, m + 2 * K - 1):2, :]
-    return y
+    """y_r[k] = sum_m taps[r, m] * x[2k + m], x (..., T, C), taps (R, F) or (R, F, C), F even -> R times (..., (T - F) // 2 + 1, C)."""
+    T, n = x.size(-2) // 2, taps.size(1)
+    K = max(0, T - n // 2 + 1)
+    phases = (x if x.size(-2) == 2 * T else x[..., :2 * T, :]).unflatten(-2, (T, 2)).unbind(-2)            # even, odd
+    return mix(taps, *(phases[m % 2] if K == T else phases[m % 2][..., m // 2:m // 2 + K, :] for m in range(n)))
 
 
 def synthesize(a, d, h, g, n=None):
     """x[2k - p + m] += h[m] a[k] + g[m] d[k], p = F/2 - 1, periodic: the transpose of analyze, hence its inverse when the
     pair is orthonormal. a, d (..., K, C) -> (..., 2K, C); n: K, or the rows' own counts as a (B,) tensor."""
     p, n, K, both = len(h) // 2 - 1, a.size(-2) if n is None else n, a.size(-2), []
+    hg = torch.stack((h, g), 1).flatten(0, 1)                  # h[0], g[0], h[1], ...
     e = (p + 1) // 2                                           # reach on either side, in coefficients
     if p > 0:
         a, d = (extend(v, e, e, n, n)[..., :K + 2 * e, :] for v in (a, d))
     for r in (p, p + 1):
-        taps = [(2 * q + r % 2, slice(e + r // 2 - q, e + r // 2 - q + K)) for q in range(p + 1)]
-        both.append(sum(h[m] * a[..., k, :] + g[m] * d[..., k, :] for m, k in taps))
+        at = [slice(e + r // 2 - q, e + r // 2 - q + K) for q in range(p + 1)]
+        taps = [2 * (2 * q + r % 2) + band for q in range(p + 1) for band in (0, 1)]
+        both += mix(hg[taps][None], *(band[..., k, :] for k in at for band in (a, d)))
     return torch.stack(both, -2).flatten(-3, -2)
 
 
@@ -259,8 +298,7 @@ def analyze(x, h, g, n):
     """One level: a[k] = sum_m h[m] x[2k - p + m], p = F/2 - 1, periodic, and d[k] with g. The filter is centred on its
     pair of samples, as PyWavelets does it: starting at 2k instead would be an odd shift for every second wavelet."""
     p = len(h) // 2 - 1
-    x = extend(x, p, p, n, n + n % 2)
-    return fir(x, h), fir(x, g)
+    return fir(extend(x, p, p, n, n + n % 2), torch.stack((h, g)))
 
 
 def haar_dwt(x, levels):
@@ -292,7 +330,7 @@ def lift_merge(a, d, lift, n):
 
 def _lift_term(x, taps, n, left, right):
     T, x = x.size(-2), extend(x, left, right, n, n)
-    return taps[0] * x[..., :T, :] + taps[1] * x[..., 1:1 + T, :]
+    return mix(taps[None], x[..., :T, :], x[..., 1:1 + T, :])[0]
 
 
 def lift_taps(lift):
@@ -306,8 +344,9 @@ def lift_taps(lift):
 
 
 def delayed(x, s, taps=2):
-    """x (..., T, C) -> [x[t - (taps-1)s], ..., x[t - s], x[t]], zero before the start: the a trous (undecimated) reach."""
-    return [F.pad(x, (0, 0, j * s, 0))[..., :x.size(-2), :] for j in reversed(range(taps))]
+    """x (..., T, C) -> [x[t], x[t - s], ..., x[t - (taps-1)s]] for mix: the a trous (undecimated) reach, zero before the start."""
+    T = x.size(-2)
+    return [x[..., :max(T - j * s, 0), :] for j in range(taps)]
 
 
 class Ring:
@@ -322,7 +361,7 @@ class Ring:
         buf = self.buf[:, self.at:self.at + size]
         self.at += size
         buf[:, self.t % size] = x
-        return [buf[:, (self.t - j * s) % size].clone() for j in reversed(range(taps))]
+        return [buf[:, (self.t - j * s) % size].clone() for j in range(taps)]
 
     @staticmethod
     def zeros(B, levels, C, taps=2, **kw):
@@ -463,53 +502,60 @@ class Haar(nn.Module):
     def forward(self, x, mask=None):
         if mask is not None:
             x = x * mask[..., None]
-        if self.form == "literal":
-            return self.c_proj(self.block(x))
-        bands = self.atrous(x, delayed) if self.form == "atrous" else self.partial(x)
-        return self.c_proj(self.aggregate(bands, torch.arange(x.size(1), device=x.device)))
+        return self.out({"literal": self.block, "atrous": lambda x: self.atrous(x, delayed), "partial": self.partial}[self.form](x))
+
+    def out(self, bands):                                      # weighted already: sum or concatenate, and project
+        return self.c_proj(torch.cat(bands, -1) if self.concat else sum(bands[1:], bands[0]))
+
+    def rows(self, l):
+        """The matrices of level l on a pair (x_2i, x_2i+1): low (1, 2, C), which gives a, and for either half of the block
+        (2, bands, 2, C), which give d as it goes into the output; on the last level a too, in the same sum or beside d."""
+        low, high = self.taps[l]
+        w = self.weight.expand(-1, 2, -1)[:, :, None]
+        d, a = w[l] * high, w[self.L] * low
+        read = d[:, None] if l + 1 < self.L else torch.stack((d, a), 1) if self.concat else (d + a)[:, None]
+        return low[None], read
 
     def block(self, x):
-        """The decimated transform, bidirectional: down through the levels, then back up."""
-        T, L = x.size(1), self.L
+        """The decimated transform, bidirectional: down through the levels, then back up, each level adding its band to the
+        sum of all coarser ones."""
+        T, pairs = x.size(1), []
 
         def split(a, l):
-            a = F.pad(a, (0, 0, 0, a.size(1) % 2))
-            return [fir(a, w) for w in self.taps[l]]
-        *bands, a = cascade(x, L, split)
+            a, (low, read) = F.pad(a, (0, 0, 0, a.size(1) % 2)), self.rows(l)
+            a, *both = fir(a, torch.cat((low, read.transpose(0, 1).flatten(0, 1))))
+            return a, [torch.stack(pair, 2).flatten(1, 2) for pair in zip(both[::2], both[1::2])]
+        *bands, _ = cascade(x, self.L, split)
         if self.concat:
-            t = torch.arange(T, device=x.device)
-            return self.aggregate([b.repeat_interleave(2 ** min(l + 1, L), 1)[:, :T] for l, b in enumerate([*bands, a])], t)
-        w = self.weight.expand(-1, 2, -1)
-        h = w[L]
-        for l in reversed(range(L)):                           # coarse to fine: each level adds its band to its parent's sum
-            a = synthesize(a, bands[l], h, w[l])[:, :bands[l - 1].size(1) if l else T]
-            h = torch.ones_like(h)
-        return a
+            return [b.repeat_interleave(2 ** l, 1)[:, :T] for l, level in enumerate(bands) for b in level]
+        y = None
+        for level in reversed(bands):
+            n = level[0].size(1)
+            y = level[0] if y is None else (level[0].view(x.size(0), -1, 2, x.size(2)) + y[:, :n // 2, None]).flatten(1, 2)
+        return [y[:, :T]]
 
     def atrous(self, x, delay):
         def split(a, l):
-            past, now = delay(a, 2 ** l)
-            return [w[0] * past + w[1] * now for w in self.taps[l]]
-        return cascade(x, self.L, split)
+            low, read = self.rows(l)
+            a, *bands = mix(torch.cat((low, read[0])).flip(1), *delay(a, 2 ** l))
+            return a, bands
+        return sum(cascade(x, self.L, split)[:-1], [])
 
     def partial(self, x):
         T = x.size(1)
 
         def split(a, l):
-            if T <= 2 ** l:                                    # everything lies in the left half of the first block
-                return [w[0] * a for w in self.taps[l]]
-            left, right = F.pad(a, (0, 0, 0, -T % 2 ** (l + 1))).unflatten(1, (-1, 2, 2 ** l)).unbind(2)   # (B, blocks, 2^l, C)
-            known = left[:, :, -1:]                            # the left half, complete
-            return [torch.stack((w[0] * left, w[0] * known + w[1] * right), 2).flatten(1, 3)[:, :T] for w in self.taps[l]]
-        return cascade(x, self.L, split)
-
-    def aggregate(self, bands, t):
-        """[d_1, ..., d_L, a_L] at tokens t -> weighted sum or concatenation."""
-        out = []
-        for l, b in enumerate(bands):
-            half = t // 2 ** min(l, self.L - 1) % self.weight.size(1)
-            out.append(self.weight[l][half] * b)
-        return torch.cat(out, -1) if self.concat else sum(out)
+            (low, read), n = self.rows(l), 2 ** l
+            left, right = (torch.cat((low, r)) for r in read)
+            if T <= n:                                         # everything lies in the left half of the first block
+                a, *bands = mix(left[:, :1], a)
+                return a, bands
+            u, v = F.pad(a, (0, 0, 0, -T % (2 * n))).unflatten(1, (-1, 2, n)).unbind(2)                    # (B, blocks, n, C)
+            known = u[:, :, -1:].expand_as(u)                  # the left half, complete
+            pairs = zip(mix(left[:, :1], u), mix(right.flip(1), v, known))
+            a, *bands = (torch.stack(p, 2).flatten(1, 3)[:, :T] for p in pairs)
+            return a, bands
+        return sum(cascade(x, self.L, split)[:-1], [])
 
     def init_state(self, batch_size, device=None, dtype=None):
         if self.form == "atrous":
@@ -521,16 +567,17 @@ class Haar(nn.Module):
         if self.form == "atrous":
             bands = self.atrous(x_t, Ring(past, t))
         else:                                                  # literal on a zero-padded prefix is partial, so they share the step
-            left = list(past.unbind(1))                        # per level, the left half of the block that t lies in
-
-            def split(a, l):
+            left, bands = list(past.unbind(1)), []             # per level, the left half of the block that t lies in
+            for l in range(self.L):
+                low, read = self.rows(l)
                 if t >> l & 1:
-                    return [w[0] * left[l] + w[1] * a for w in self.taps[l]]
-                left[l] = a.to(past.dtype)
-                return [w[0] * a for w in self.taps[l]]
-            bands = cascade(x_t, self.L, split)
+                    x_t, *b = mix(torch.cat((low, read[1])), left[l], x_t)
+                else:
+                    left[l] = x_t.to(past.dtype)
+                    x_t, *b = mix(torch.cat((low, read[0]))[:, :1], x_t)
+                bands += b
             past = torch.stack(left, 1)
-        return self.c_proj(self.aggregate(bands, torch.tensor(t, device=x_t.device))), (t + 1, past)
+        return self.out(bands), (t + 1, past)
 
 
 # -----------------------------------------------------------------------------
@@ -610,7 +657,7 @@ class Wavspa(nn.Module):
 
         def split(a, l):
             a = F.pad(a, (0, 0, len(h) - 2, 0))                # reach into the past, so that any filter completes at its block's end
-            return fir(a, h), fir(a, g)
+            return fir(a, torch.stack((h, g)))
         coeffs = [c + e for c, e in zip(cascade(x, self.L, split), self.band)]
         times = [(torch.arange(c.size(1), device=x.device) + 1) * 2 ** min(i + 1, self.L) - 1 for i, c in enumerate(coeffs)]
         if len(self.inner) > 1:
@@ -631,7 +678,7 @@ class Wavspa(nn.Module):
         h = self.filters()[0] / math.sqrt(2)
 
         def split(a, l):
-            low = sum(w * u for w, u in zip(h, delay(a, 2 ** l, len(h))))
+            low, = mix(h.flip(0)[None], *delay(a, 2 ** l, len(h)))
             return low, a - low
         return cascade(a, self.L, split)
 
@@ -675,17 +722,16 @@ def block_means(x, levels):
     """x (B, T, ...) -> [mean of the 2^l-block that t lies in, l = 1..levels], each (B, T, ...); zeros beyond T."""
     T, a, out = x.size(1), x.flatten(2), []
     for l in range(1, levels + 1):
-        a = fir(F.pad(a, (0, 0, 0, a.size(1) % 2)), a.new_full((2,), 0.5))
+        a, = fir(F.pad(a, (0, 0, 0, a.size(1) % 2)), a.new_full((1, 2), 0.5))
         out.append(a.repeat_interleave(2 ** l, 1)[:, :T].view_as(x))
     return out
 
 
 def trailing_means(x, levels, delay=delayed):
     """x (B, T, C) or (B, C) in a step -> [mean of the last 2^l tokens, l = 1..levels]: block_means for a decoder."""
-    out = []
+    half, out = x.new_full((1, 2), 0.5), []
     for l in range(levels):
-        past, now = delay(x, 2 ** l)
-        x = (past + now) * 0.5
+        x, = mix(half, *delay(x, 2 ** l))
         out.append(x)
     return out
 
@@ -702,19 +748,19 @@ def phi(x, R, kind, query=False):
 
 def phi_backward(x, R, kind, f, df, query=False):
     """Gradient of phi at x, given its value f and the gradient df that arrives there (overwritten)."""
-    df = df.mul_(f > 0) if kind == "relu" else df.mul_(f)
+    df = torch.ops.aten.threshold_backward(df, f, 0) if kind == "relu" else df.mul_(f)
     return df @ R.T if kind == "relu" or query else df @ R.T - x * df.sum(-1, keepdim=True)
 
 
-def blocks(x, m):
-    """How to walk x (N, T, .) so that the features of a block stay in cache: slices of N, and slices of T in order. Where
-    one block holds all, its slices name no numbers, and one compiled graph serves every length."""
+def blocks(x, m, chunk=1):
+    """How to walk x (N, T, .) so that the features of a block stay in cache: slices of N, and slices of T in order, whole
+    chunks. Where one block holds all, its slices name no numbers, and one compiled graph serves every length."""
     N, T = x.shape[:2]
-    room = 2 ** 16 if x.device.type == "cpu" else 2 ** 25
-    most = min(max(128, room // m // 8), 1024)
+    room, most = (2 ** 20, 512) if x.device.type == "cpu" else (2 ** 25, min(max(128, 2 ** 22 // m), 1024))
+    most = max(most // chunk, 1) * chunk
     if T <= most and N * T * m <= room:
         return [slice(None)], [slice(None)]
-    c = -(-T // -(-T // most))                                 # even chunks
+    c = -(-T // (chunk * -(-T // most))) * chunk               # even slices
     n = max(1, room // (c * m))
     return [slice(i, i + n) for i in range(0, N, n)], [slice(i, i + c) for i in range(0, T, c)]
 
@@ -769,46 +815,70 @@ class Read(torch.autograd.Function):
 
 
 class CausalRead(torch.autograd.Function):
-    """y_t = sum_{s <= t} (phi(q_t) . phi(k_s)) v_s, by chunks: a triangle within a chunk, a running S across chunks. The
-    backward walks twice, forward in time for dq and backward in time for dk and dv, so that no S is kept."""
+    """y_t = sum_{s <= t} (phi(q_t) . phi(k_s)) v_s, q, k (N,T,dh), v (N,T,e), T a multiple of chunk(q): a triangle within
+    each chunk, and S, what all chunks before it add up to; the chunks of a block side by side. The backward walks twice,
+    forward in time for dq and backward in time for dk and dv, so that of S only one block's is ever kept."""
+
+    @staticmethod
+    def parts(kind, n, t, q, k, v, R):                         # fq, fk (n, b, c, m), v (n, b, c, e): b chunks of c tokens
+        c = CausalRead.chunk(q)
+        return [u.unflatten(1, (-1, c)) for u in (phi(q[n, t], R, kind, True), phi(k[n, t], R, kind), v[n, t])]
+
+    @staticmethod
+    def chunk(q):
+        return min(q.size(1), 32 if q.device.type == "cpu" else 128)
+
+    @staticmethod
+    def before(S, each):                                       # S before the first chunk, each chunk's own sum (n, b, m, e) -> S before each, S after all
+        S = torch.cat((S[:, None], each), 1).cumsum_(1)
+        return S[:, :-1], S[:, -1]
 
     @staticmethod
     def forward(ctx, q, k, v, R, kind):
         ctx.save_for_backward(q, k, v, R)
         ctx.kind, y = kind, torch.empty_like(v)
-        rows, times = blocks(q, R.size(1))
+        rows, times = blocks(q, R.size(1), CausalRead.chunk(q))
         for n in rows:
-            S = 0
+            S = v.new_zeros(*v[n, :1, 0].shape[:1], R.size(1), v.size(-1))
             for t in times:
-                fq, fk = phi(q[n, t], R, kind, True), phi(k[n, t], R, kind)
-                y[n, t] = (fq @ fk.mT).tril_() @ v[n, t] + (fq @ S if t.start else 0)
-                S = S + fk.mT @ v[n, t] if t is not times[-1] else None
+                fq, fk, u = CausalRead.parts(kind, n, t, q, k, v, R)
+                past, S = CausalRead.before(S, fk.mT @ u)
+                y[n, t] = (fq @ past).add_((fq @ fk.mT).tril_() @ u).flatten(1, 2)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         (q, k, v, R), kind = ctx.saved_tensors, ctx.kind
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        rows, times = blocks(q, R.size(1))
+        rows, times = blocks(q, R.size(1), CausalRead.chunk(q))
 
         def again(n, t):
-            return phi(q[n, t], R, kind, True), phi(k[n, t], R, kind), (dy[n, t] @ v[n, t].mT).tril_()
+            fq, fk, u = CausalRead.parts(kind, n, t, q, k, v, R)
+            dz = dy[n, t].unflatten(1, (-1, u.size(2)))
+            return fq, fk, u, dz, (dz @ u.mT).tril_()
         for n in rows:
-            S = dS = 0
+            S = v.new_zeros(*v[n, :1, 0].shape[:1], R.size(1), v.size(-1))
+            dS = torch.zeros_like(S)
             for t in times:
-                fq, fk, da = again(n, t)
-                df = da @ fk + (dy[n, t] @ S.mT if t.start else 0)
-                dq[n, t] = phi_backward(q[n, t], R, kind, fq, df, True)
-                S = S + fk.mT @ v[n, t] if t is not times[-1] else None
+                fq, fk, u, dz, da = again(n, t)
+                past, S = CausalRead.before(S, fk.mT @ u)
+                df = (dz @ past.mT).add_(da @ fk).flatten(1, 2)
+                dq[n, t] = phi_backward(q[n, t], R, kind, fq.flatten(1, 2), df, True)
             for t in reversed(times):
                 if len(times) > 1:                             # else they are still here
-                    fq, fk, da = again(n, t)
-                late = t is not times[-1]
-                dv[n, t] = (fq @ fk.mT).tril_().mT @ dy[n, t] + (fk @ dS if late else 0)
-                df = da.mT @ fq + (v[n, t] @ dS.mT if late else 0)
-                dk[n, t] = phi_backward(k[n, t], R, kind, fk, df)
-                dS = dS + fq.mT @ dy[n, t] if t.start else None
+                    fq, fk, u, dz, da = again(n, t)
+                late, dS = CausalRead.before(dS, (fq.mT @ dz).flip(1))
+                late = late.flip(1)
+                dv[n, t] = (fk @ late).add_((fq @ fk.mT).tril_().mT @ dz).flatten(1, 2)
+                df = (u @ late.mT).add_(da.mT @ fq).flatten(1, 2)
+                dk[n, t] = phi_backward(k[n, t], R, kind, fk.flatten(1, 2), df)
         return dq, dk, dv, None, None
+
+
+def causal_read(q, k, v, R, kind):
+    """CausalRead for any T: padding behind the end, which no token sees, up to whole chunks."""
+    more, T = -q.size(1) % CausalRead.chunk(q), q.size(1)
+    return CausalRead.apply(*(F.pad(u, (0, 0, 0, more)) if more else u for u in (q, k, v)), R, kind)[:, :T]
 
 
 class Wersa(Attention):
@@ -843,7 +913,7 @@ class Wersa(Attention):
         """qk and its means (..., 2, H, dh), gains g: what DWT, scaling each band, and IDWT come to."""
         out = g[..., 0] * qk
         for l, mean in enumerate(means):
-            out = out + (g[..., l + 1] - g[..., l]) * mean.view_as(qk)
+            out = torch.addcmul(out, g[..., l + 1] - g[..., l], mean.view_as(qk))
         return out
 
     def scaled(self, x):
@@ -878,7 +948,7 @@ class Wersa(Attention):
         q, k = self.rotate(q, k, pos)
         with torch.autocast(x.device.type, enabled=False):
             q, k, u, R = self.scaled(q), self.scaled(k), self.ones(self.heads(v), mask), self.R.float()
-            y = CausalRead.apply(q, k, u, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, u, R, self.map), R, self.map)
+            y = causal_read(q, k, u, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, u, R, self.map), R, self.map)
         return self.out(self.ratio_of(y, v))
 
     def init_state(self, batch_size, device=None, dtype=None):
@@ -1001,9 +1071,9 @@ class Aligned(CrossAttention):
         mask = torch.ones(B, S, dtype=torch.bool, device=memory.device) if mask is None else mask
         kv = self.part(memory, slice(memory.size(-1) if self.content else 0, None))
         total, count = kv * mask[..., None], mask[..., None].to(kv.dtype)
-        tables, counts, pair = [total], [count], kv.new_ones(2)
+        tables, counts, pair = [total], [count], kv.new_ones(1, 2)
         for _ in range(self.L):
-            total, count = (fir(F.pad(u, (0, 0, 0, u.size(1) % 2)), pair) for u in (total, count))
+            total, count = (fir(F.pad(u, (0, 0, 0, u.size(1) % 2)), pair)[0] for u in (total, count))
             tables.append(total / count.clamp(min=1))
             counts.append(count)
         return torch.cat(tables, 1), torch.cat(counts, 1)[..., 0] > 0, [u.size(1) for u in tables], lengths(mask)

@@ -29,10 +29,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -551,8 +554,112 @@ def recall(out, seed=1337, rows=50_000, n_pairs=32, n_keys=128):
         meta["splits"][split]["trivial"] = {"a value of the row": float((1 / group[label >= 0]).mean())}
     return meta
 
+# size: length and thickness of a dash, gaps (the wide one fits less often), distance kept between contours and between the
+# first ends of the two long ones, radius of a disc, continuity (turns are below a right angle / continuity), short contours,
+# brightness
+PATHFINDER = {32: (2, 0.5, (1.15,), 3.75, 7, 1.5, 1.0, 5, 1.0), 128: (5, 1.5, (4, 6, 6, 6), 10, 20, 3, 1.8, 8, 0.9)}
+LONG, SHORT = 14, 14 // 3  # dashes in a contour
+NOWHERE = 1e4
+
+def pathfinder_layouts(rng, size, tries=1024):
+    """Both ends of all dashes as x + iy, a row for each of the tries in which the two long contours found room."""
+    length, thick, gaps, clearance, apart, radius, continuity, n_short, _ = PATHFINDER[size]
+    unit = np.exp(2j * np.pi * np.arange(64) / 64).round(6).astype(np.complex64)  # rounded: the same on every machine
+    turns = np.arange(-16, 17)
+    odds = np.cos(np.pi / 2 * np.minimum(abs(turns) * continuity / 16, 1)) ** 2
+    n = 2 * LONG + SHORT * n_short  # the dashes of the long contours alternate, then come the short ones
+    before = np.arange(n) - np.where(np.arange(n) < 2 * LONG, 2, 1)
+    before[:2] = before[2 * LONG::SHORT] = -1
+    room = np.full((n, 2), clearance / 2, np.float32)
+    for end in room[:2, 0], room[2 * LONG - 2:2 * LONG, 1]:  # a disc may go there
+        end += radius - thick / 2
+    gap = rng.choice(gaps, (tries, 1)).astype(np.float32)
+    ends, heading = np.full((tries, n, 2), NOWHERE, np.complex64), np.zeros((tries, n), np.int64)
+
+    def inside(z):
+        return (z.real > 1) & (z.real < size - 2) & (z.imag > 1) & (z.imag < size - 2)
+
+    # where a block of dashes fails it is grown again, up to 8 times, then the try (of a short contour: only that) is dropped
+    for block in np.split(np.arange(n), [*range(8, 2 * LONG, 8), *range(2 * LONG, n, SHORT)]):
+        todo = np.arange(len(ends))
+        for _ in range(8):
+            if not len(todo):
+                break
+            e, h, g, shape = ends[todo], heading[todo], gap[todo], (len(todo), 12)
+            for j in block:  # of 12 candidates the first that fits, rather one that does not run into the border next
+                if before[j] >= 0:
+                    last = h[:, before[j], None]
+                    new = (last + rng.choice(turns, shape, p=odds / odds.sum())) % 64
+                    start = e[:, before[j], 1:] + (g + thick) / 2 * (unit[last] + unit[new])
+                else:
+                    new = rng.integers(0, 64, shape)
+                    start = (1 + (size - 3) * rng.random((len(e), 24), np.float32)).view(np.complex64)
+                    if j == 1:
+                        start = e[:, 0, :1] + apart * unit[rng.integers(0, 64, shape)]
+                dash = np.stack([start, start + (length - thick) * unit[new]], 2)
+                others = np.arange(j) != before[j]
+                away = dash[..., None] - e[:, :j][:, others].reshape(len(e), 1, 1, -1)
+                free = away.real ** 2 + away.imag ** 2 > (room[j, :, None] + room[:j][others].ravel()) ** 2
+                fits = (inside(dash) & free.all(3)).all(2)
+                choice = np.arange(len(e)), (fits * np.where(inside(dash[..., 1] + length * unit[new]), 2, 1)).argmax(1)
+                e[:, j], h[:, j] = np.where(fits[choice][:, None], dash[choice], NOWHERE), new[choice]
+            ok = (e[:, block, 0] != NOWHERE).all(1)
+            ends[todo[ok]], heading[todo[ok]] = e[ok], h[ok]
+            todo = todo[~ok]
+        if block[0] < 2 * LONG:
+            ends, heading, gap = (np.delete(a, todo, 0) for a in (ends, heading, gap))
+    return ends
+
+def pathfinder_images(n, size=32, seed=0):
+    """
+    Pathfinder (Linsley et al. 2018) with the settings that the Long Range Arena's pathfinder.py lists for its hard set at
+    size 32 and for Path-X at size 128. Label 1: the two discs are on the ends of one of the two contours of 14 dashes.
+    Unlike there, contours stay farther apart than a gap is wide (at 32 that takes gaps of 1.15 pixels, not 2), so that whoever
+    follows the path knows the label. Returns n uint8 pictures and n labels; a larger n only appends.
+    """
+    length, thick, _, _, _, radius, _, _, brightness = PATHFINDER[size]
+    rng, images, labels, done = np.random.default_rng(seed), np.zeros((n, size, size), np.uint8), np.zeros(n, np.int64), 0
+    w = int(np.ceil(max(length / 2, radius) + 1))
+    square = np.arange(-w, w + 1)  # that a dash or disc is drawn in
+    while done < n:
+        ends = pathfinder_layouts(rng, size)
+        rows, which, label = np.arange(len(ends)), *rng.integers(0, 2, (2, len(ends)))
+        discs = np.stack([ends[rows, which, 0], ends[rows, 2 * LONG - 1 - (which ^ label), 1]], 1)
+        strokes = np.concatenate([ends, np.stack([discs, discs], 2)], 1)  # a disc is a thick dash of length 0
+        image, index = np.nonzero(strokes[..., 0] != NOWHERE)
+        (a, b), disc = strokes[image, index].T[..., None, None], (index >= ends.shape[1])[:, None, None]
+        x, y = np.rint((a + b).real / 2) + square, np.rint((a + b).imag / 2) + square[:, None]
+        dx, dy = (b - a).real, (b - a).imag
+        along = np.clip(((x - a.real) * dx + (y - a.imag) * dy) / (length - thick) ** 2, 0, 1)
+        away = np.sqrt((x - a.real - along * dx) ** 2 + (y - a.imag - along * dy) ** 2)
+        edge = np.where(disc, radius, thick / 2) + 0.5
+        ink = np.clip((edge - away) / np.minimum(edge, 1), 0, 1) * np.where(disc, 255, 255 * brightness)
+        canvas = np.zeros((len(ends), size + 2 * w, size + 2 * w), np.uint8)
+        np.maximum.at(canvas, (image[:, None, None], y.astype(int) + w, x.astype(int) + w), np.rint(ink).astype(np.uint8))
+        images[done:done + len(ends)], labels[done:done + len(ends)] = canvas[:n - done, w:-w, w:-w], label[:n - done]
+        done += len(ends)
+    return images, labels
+
+def pathfinder(out, seed=1337, rows=160_000, size=32):
+    """Are the two discs on one dashed contour? Pixels line by line, at Long Range Arena's sizes 32 and 128 (Path-X)."""
+    if size not in PATHFINDER:
+        raise SystemExit(f"--size={size} is unknown: " + " or ".join(map(str, PATHFINDER)))
+    splits, held, part = {}, max(1, min(20_000, rows // 8)), 2000
+    pool = ProcessPoolExecutor(mp_context=get_context("fork"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        for number, (split, count) in enumerate((("train", rows), ("val", held), ("test", held))):
+            # each part has a seed of its own: the number of cores changes nothing
+            parts = [(min(part, count - at), size, [seed, number, at]) for at in range(0, count, part)]
+            images, labels = zip(*tqdm(pool.map(pathfinder_images, *zip(*parts)), f"draw {split}", total=len(parts), unit=f" * {part} images", leave=False))
+            splits[split] = np.concatenate(images), np.concatenate(labels)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    picture(out / "samples.png", splits["train"][0], ["connected" if label else "apart" for label in splits["train"][1][:16]])
+    return write_labelled(out, {"kind": "pixels"}, {split: (*pixels(x), y) for split, (x, y) in splits.items()}, size * size,
+                          n_classes=2, classes=["apart", "connected"], image=[size, size])
+
 DATASETS = {"numbers": numbers, "multi30k": multi30k, "wmt16": wmt16, "text": text, "parallel": parallel, "listops": listops,
-            "lego": lego, "recall": recall, "imdb": imdb, "cifar10": cifar10, "arxiv": arxiv}
+            "lego": lego, "recall": recall, "pathfinder": pathfinder, "imdb": imdb, "cifar10": cifar10, "arxiv": arxiv}
 
 # ---- what train.py and sample.py import ----
 
@@ -718,7 +825,7 @@ def main():
     parser.add("--seed", type=int, help="for what is drawn or shuffled, 1337 by default")
     for flag, what in dict(min_len="listops: a row is longer than this many tokens; arxiv: a document has at least as many", max_len="listops: and shorter than this",
                            max_depth="listops: levels of nesting", n_links="lego: clauses of a row", n_tr="lego: links whose values are told in training",
-                           n_pairs="recall: the most pairs of a row", n_keys="recall: keys, and as many values").items():
+                           n_pairs="recall: the most pairs of a row", n_keys="recall: keys, and as many values", size="pathfinder: width and height in pixels, 32 or 128").items():
         parser.add(f"--{flag}", type=int, help=what)
     parser.add("--force", type=bool, default=False, help="replace a data set made with other settings")
     args = parser.parse_args()
