@@ -36,6 +36,7 @@ from tqdm import tqdm
 import model
 from model import ModelConfig, Wavspa, build_mixer
 from prepare_data import Parser, prepare, replacing
+from sample import keep_freed_pages
 
 HERE = Path(__file__).resolve().parent
 
@@ -134,7 +135,7 @@ class HaarCore(model.Haar):
     """haar without its projection, to be held against a copy of the tensor."""
 
     def forward(self, x, mask=None):
-        return self.block(x)
+        return self.block(x)[0]
 
 
 class Copy(nn.Module):
@@ -147,7 +148,7 @@ class Copy(nn.Module):
 
 KINDS = {**model.MIXERS, "softmax": Softmax, "stored": StoredWersa, "core": HaarCore, "copy": Copy}
 SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest T on a CPU)
-    "flash SDPA": ("attention", False, "flash SDPA", {}, 8192),
+    "flash SDPA": ("attention", False, "flash SDPA", {}, 32768),
     "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 8192),
     "haar": ("haar", False, "flash SDPA", {}, 32768),
     "wavspa, 1 level": ("wavspa", False, "flash SDPA", dict(levels=1), 8192),
@@ -163,6 +164,18 @@ SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest 
     "haar, no projection": ("core", False, "copy", {}, 8192),
     "copy": ("copy", False, "copy", {}, 8192),
 }
+CLAIMS = [  # (what, against, T, mode, median or memory): the ratios that people ask for first
+    ("wersa m=1024", "flash SDPA", 8192, "forward and backward", "median"),
+    ("wersa m=1024", "wersa m=1024, features stored", 8192, "forward and backward", "median"),
+    ("wersa m=1024", "wersa m=1024, features stored", 8192, "forward and backward", "memory"),
+    ("wersa m=1024", "flash SDPA", 32768, "forward and backward", "memory"),
+    ("wersa", "flash SDPA", 8192, "forward and backward", "median"),
+    ("wersa causal", "flash SDPA causal", 8192, "forward and backward", "median"),
+    ("haar", "flash SDPA", 8192, "forward and backward", "median"),
+    ("haar, no projection", "copy", 8192, "forward", "median"),
+    ("haar atrous, L=8", "flash SDPA causal", 8192, "forward and backward", "median"),
+    ("wavspa, 1 level", "flash SDPA", 8192, "forward and backward", "median"),
+]
 MODES = {"forward": False, "forward and backward": True}
 
 
@@ -189,6 +202,7 @@ def cell(job):
     kind, causal, flags, T, mode, card = job
     cuda = card["device"].startswith("cuda")
     torch.set_num_threads(card["threads"])
+    keep_freed_pages()                                         # as train.py does
     sync = torch.cuda.synchronize if cuda else lambda: None
     m = build(kind, causal, flags, card, T)
     if mode == "decode":
@@ -246,8 +260,8 @@ def promises(kind, causal, flags, card):
 def speed(args):
     cuda = torch.cuda.is_available()
     card = dict(device="cuda" if cuda else "cpu", name=torch.cuda.get_device_name() if cuda else cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__,
-                dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.4)
-    lengths = [int(t) for t in args.lengths.split(",")] if args.lengths else [2**i for i in (range(10, 18) if cuda else range(8, 16))]
+                dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.3)
+    lengths = [int(t) for t in args.lengths.split(",")] if args.lengths else [2**i for i in (range(10, 18) if cuda else (9, 10, 11, 12, 13, 15))]
     wanted = [name for name in SPEED if not args.only or args.only in name]
     arms = {name: arm for name, arm in SPEED.items() if name in wanted or name in {SPEED[w][2] for w in wanted}}
     print("  ".join(f"{k} {v}" for k, v in card.items() if k != "budget"))
@@ -257,7 +271,7 @@ def speed(args):
     if args.profile:
         return profile(arms, card)
     jobs = [((kind, causal, flags, T, mode, card), name) for T in lengths for name, (kind, causal, _, flags, most) in arms.items() for mode in MODES
-            if cuda or args.lengths or T <= most or T == 32768 and name == "flash SDPA" and mode == "forward and backward"]
+            if cuda or args.lengths or T <= min(most, 8192) or T <= most and MODES[mode]]
     jobs += [((kind, True, flags, T, "decode", card), name) for T in (1024, 65536) for name, (kind, causal, _, flags, _) in arms.items() if causal and kind != "softmax"]
     cells, fresh = [], get_context("forkserver")
     fresh.set_forkserver_preload(["bench"])
@@ -335,6 +349,11 @@ def speed_tables(result):
     for name in names:
         c, e = result["crossover"].get(name, {}), result["exponent"].get(name, {})
         yield f"| {name} | {c.get('median', '-')} | {c.get('memory', '-')} | " + " | ".join(f"{e[k]:.2f}" if k in e else "-" for k in ("median", "memory")) + " |"
+    yield "\n| what | against | at T= | |\n|---|---|---|---|"
+    for what, against, T, mode, key in CLAIMS:
+        a, b = at.get((what, T, mode)), at.get((against, T, mode))
+        if a and b and a[key] and b[key]:
+            yield f"| {what}, {mode} | {against} | {T:,} | {b[key] / a[key]:.2f} times {'faster' if key == 'median' else 'less memory'} |"
     positions = sorted({c["T"] for c in result["cells"] if c["mode"] == "decode"})
     if positions:
         yield "\n| decode, ms a token | " + " | ".join(f"at {t:,}" for t in positions) + " | ratio |\n|---|" + "---|" * (len(positions) + 1)

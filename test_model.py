@@ -1086,6 +1086,54 @@ def test_damaged_data_is_one_line(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# bench.py
+
+
+def test_speed_bench(tmp_path):
+    # catches: a last line that is no JSON, a base that is left out, a crossover above the point where it wins, a peak that no cell owns
+    said = run("bench.py", "speed", "--lengths=64,512", "--only=wersa causal", "--md=s.md", "--csv=s.csv", "--json=s.json", "--png=s.png", cwd=tmp_path)
+    result = json.loads(said.strip().splitlines()[-1]) if said.strip().endswith("}") else json.load(open(tmp_path / "s.json"))
+    cells = {(c["arm"], c["T"], c["mode"]): c for c in result["cells"]}
+    assert {c[0] for c in cells} == {"flash SDPA causal", "wersa causal"} and len(cells) == 12
+    for c in cells.values():
+        assert c["p20"] <= c["median"] <= c["p80"] and c["n"] >= 3
+    assert all(cells["wersa causal", T, "forward and backward"]["memory"] > 2**12 * T // 64 for T in (64, 512))
+    faster = [cells["wersa causal", T, "forward and backward"]["median"] < cells["flash SDPA causal", T, "forward and backward"]["median"] for T in (64, 512)]
+    assert result["crossover"]["wersa causal"]["median"] == (64 if all(faster) else 512 if faster[1] else "not reached up to 512")
+    assert (tmp_path / "s.png").stat().st_size > 10_000 and len((tmp_path / "s.csv").read_text().splitlines()) == 13
+    slow = json.load(open(tmp_path / "s.json"))
+    for c in slow["cells"]:
+        c["median"] *= 1e6
+    (tmp_path / "old.json").write_text(json.dumps(slow))
+    said = run("bench.py", "speed", "--lengths=64", "--only=copy", "--compare=s.json", cwd=tmp_path)
+    assert "against" in said
+
+
+def test_fast_forward_is_the_state_at_that_position():
+    # catches: a decode timing at position 0 that claims to be one at 65,536
+    import bench
+    for text in ("attention", "haar", "haar haar_causal=partial", "wersa", "wavspa levels=1"):
+        m = build_mixer(config(text, n_embd=8, n_head=2, block_size=64), causal=True)
+        with torch.no_grad():
+            y, state = rand(1, 8), m.init_state(1)
+            for _ in range(40):
+                y, state = m.step(rand(1, 8), state)
+            ahead = bench.fast_forward(m.init_state(1), 40)
+            m.step(rand(1, 8), ahead)
+        leaves = lambda s: [v for v in tree_leaves(s) if isinstance(v, int)]
+        assert leaves(ahead) and set(leaves(ahead)) == {40} and leaves(state)[0] == 40
+
+
+def test_the_tables_come_from_the_csv():
+    # catches: a table that no longer says what was measured
+    readme, said = open(os.path.join(HERE, "README.md"), encoding="utf-8").read(), run("bench.py", "report", cwd=HERE)
+    scores = dict(re.findall(r"^\| ([^|]+?) \| [\d,]+ \| ([\d.]+ ± [\d.]+) \|", said, re.M))
+    assert len(scores) >= 6
+    for arm, score in scores.items():
+        assert score in readme, (arm, score)
+
+
+# -----------------------------------------------------------------------------
 # README
 
 

@@ -12,7 +12,6 @@ functions of (seed, step), so a run may be killed, resumed, and resumed on anoth
 """
 
 import csv
-import ctypes
 import dataclasses
 import inspect
 import json
@@ -31,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
 from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, load_meta, prepare, read_ragged, replacing
-from sample import FORMAT, collate, load_checkpoint, translate
+from sample import FORMAT, collate, keep_freed_pages, load_checkpoint, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
@@ -108,9 +107,8 @@ if device == "cuda" and world > 1:
 device_type = device.split(":")[0]
 if device_type != "cpu" and device_type != auto:
     stop(f"--device={device} is not there: this machine has {auto}")
-if device_type == "cpu" and sys.platform == "linux":
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *a: 0)
-    mallopt(-3, 2**25), mallopt(-1, 2**30)                     # keep freed pages: a step asks for the same sizes again, and new pages cost it a tenth
+if device_type == "cpu":
+    keep_freed_pages()
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
