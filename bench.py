@@ -439,12 +439,12 @@ TASKS = {  # every data set with a short training of one mixer, to be held again
     "pathfinder, attention": "--dataset=pathfinder --mixer=attention --n_layer=2 --n_embd=64 --max_iters=800 --batch_size=32 --learning_rate=1e-3 --eval_interval=200",
     "recall, attention": "--dataset=recall --mixer=attention --n_embd=64 --n_head=2 --batch_size=128 --max_iters=3000 --learning_rate=3e-3 --eval_interval=1000",
     "multi30k, wersa": "--dataset=multi30k --max_iters=600 --eval_interval=300 --dropout=0.1 --label_smoothing=0.1",
-    "wmt16, attention": "--dataset=wmt16 --mixer=attention --max_iters=4000 --eval_interval=1000 --metric_rows=100",
+    "wmt16, attention": "--dataset=wmt16 --mixer=attention --max_iters=2500 --eval_interval=1250 --metric_rows=100",
     "imdb, wersa": "--dataset=imdb --n_embd=64 --block_size=512 --batch_size=32 --max_iters=600 --learning_rate=1e-3",
     "text, haar": "--dataset=text --mixer=haar --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40",
 }
 SUITES["tasks"] = dict(seeds=(1337,), rates=(2e-3,), base=[], arms={arm: flags.split() for arm, flags in TASKS.items()}, prepare={
-    "listops": dict(min_len=10, max_len=100), "pathfinder": dict(rows=20_000), "recall": dict(n_pairs=8, n_keys=32), "text": dict(tokenizer="bytes")})
+    "listops": dict(min_len=10, max_len=100), "pathfinder": dict(rows=20_000), "wmt16": dict(vocab_size=4000), "recall": dict(n_pairs=8, n_keys=32), "text": dict(tokenizer="bytes")})
 COLUMNS = ("suite arm seed learning_rate params steps seconds test_loss test_metric metric n trivial far data_rows data_tokens data_seconds "
            "git machine torch threads flags").split()
 LOWER = ("bits per byte",)                                     # metrics of which less is better
