@@ -374,6 +374,16 @@ def test_feature_kernels(kind, orthogonal):  # catches: a missing 1/sqrt(m), exp
     assert ((R.T @ R)[8:16, 8:16] - torch.eye(8)).abs().max().lt(1e-5) == orthogonal
 
 @each("kind", ["relu", "exp"])
+def test_orthogonal_features_lower_the_error(kind):  # catches: an option that is there for nothing
+    torch.manual_seed(0)
+    q, k, error = 0.5 * torch.randn(64, 8), 0.5 * torch.randn(64, 8), {}
+    for orthogonal in BOTH:
+        ms = [build_mixer(config("wersa", n_embd=8, n_head=1, n_features=32, feature_map=kind, orthogonal_features=orthogonal)) for _ in range(200)]
+        values = torch.stack([(M.phi(w.scaled(q[None, None]), w.R, kind) * M.phi(w.scaled(k[None, None]), w.R, kind)).sum(-1) for w in ms])
+        error[orthogonal] = values.var(0).mean().sqrt()        # both are unbiased
+    assert error[True] < 0.9 * error[False]
+
+@each("kind", ["relu", "exp"])
 def test_beta(kind):  # catches: a bandwidth dead where it should live (for relu it cancels, by homogeneity)
     one, *others = (mixer("wersa", feature_map=kind, beta=b)(rand(2, 20, 16)) for b in (1.0, 0.5, 3.0))
     assert all((y - one).abs().max() < 1e-3 if kind == "relu" else (y - one).abs().max() > 1e-2 for y in others)
@@ -582,6 +592,13 @@ def test_overfits_one_batch(text):  # catches: what only training shows: a wrong
             optimizer.step()
     assert loss < 0.05
 
+@each("text", ("attention", "haar", "haar haar_causal=partial", "wavspa wavspa_causal=atrous", "wavspa inner=wersa", "wersa"))
+def test_compiles_into_one_graph(text, monkeypatch):  # catches: a Python number read from a tensor, a list of shapes that the compiler cannot follow
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(transformer(text, "encdec", block_size=32, n_layer=1))(tokens(2, 20), tokens(2, 20, seed=2), SOURCE)
+    assert found.graph_break_count == 0, [str(r.reason)[:200] for r in found.break_reasons]
+
 # -----------------------------------------------------------------------------
 # settings
 
@@ -732,7 +749,9 @@ def test_decoder_from_text(work):
     prepare_data.prepare("text", os.path.join(work, "data"), source=os.path.join(work, "t.txt"), tokenizer="bytes")
     flags = [*TINY, "--dataset=text", "--block_size=32", "--out_dir=text", "--mixer=haar"]
     assert "leaks" in run("train.py", *flags, "--haar_causal=literal", cwd=work, code=1)
-    said = run("train.py", *flags, cwd=work)
+    said = run("train.py", *flags, "--eval_block_size=64", cwd=work)
+    far = json.load(open(os.path.join(work, "text", "result.json")))["far"]
+    assert far["split"] == "test" and far["block_size"] == 64 and abs(far["metric"] - far["loss"] / math.log(2)) < 1e-3
     loss, bpb = (float(re.search(rf"test {what} ([\d.]+)", said)[1]) for what in ("loss", "bits per byte"))
     assert abs(bpb - loss / math.log(2)) < 1e-3                # bytes: one token each
     assert "little" in run("sample.py", "--out_dir=text", "--start=0 little", "--max_new_tokens=5", cwd=work)
