@@ -176,7 +176,7 @@ CLAIMS = [  # (what, against, T, mode, median or memory): the ratios that people
     ("haar atrous, L=8", "flash SDPA causal", 8192, "forward and backward", "median"),
     ("wavspa, 1 level", "flash SDPA", 8192, "forward and backward", "median"),
 ]
-MODES = {"forward": False, "forward and backward": True}
+MODES = {"forward and backward": True, "forward": False}
 
 
 def resident(what):
@@ -198,14 +198,15 @@ def build(kind, causal, flags, card, T):
 
 
 def cell(job):
-    """One measurement, in a process of its own -> dict(seconds=[...], memory=bytes at the peak over module and input)."""
+    """One arm at one length, in a process of its own -> {mode: dict(seconds=[...], memory=bytes at the peak over module and
+    input)}; None where it did not fit."""
     kind, causal, flags, T, mode, card = job
     cuda = card["device"].startswith("cuda")
     torch.set_num_threads(card["threads"])
     keep_freed_pages()                                         # as train.py does
     sync = torch.cuda.synchronize if cuda else lambda: None
     m = build(kind, causal, flags, card, T)
-    if mode == "decode":
+    if mode:                                                   # decode
         m.requires_grad_(False)
         x, state, seconds = torch.randn(1, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"])), None, []
         for i in range(5):
@@ -216,35 +217,40 @@ def cell(job):
             for _ in range(64):
                 _, state = m.step(x, state)
             sync(), seconds.append((time.perf_counter() - began) / 64)
-        return dict(seconds=seconds, memory=None)
-    x = torch.randn(card["batch"], T, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"]), requires_grad=MODES[mode])
-    dy, run = torch.randn_like(x), torch.compile(m) if card["compile"] else m
+        return {mode: dict(seconds=seconds, memory=None)}
+    x = torch.randn(card["batch"], T, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"]), requires_grad=True)
+    dy, run, found = torch.randn_like(x), torch.compile(m) if card["compile"] else m, {}
 
-    def once(T=T):
-        with torch.set_grad_enabled(MODES[mode]):
+    def once(back, T=T):
+        with torch.set_grad_enabled(back):
             y = run(x[:, :T])
-            if MODES[mode]:
+            if back:
                 y.backward(dy[:, :T])
                 x.grad = None
                 m.zero_grad(set_to_none=True)
     try:
-        once(8)                                                # threads, autograd's engine and lazy imports have a memory of their own
+        once(True, 8)                                          # threads, autograd's engine and lazy imports have a memory of their own
         before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
         if cuda:
-            once(), torch.cuda.reset_peak_memory_stats()       # compilation has buffers of its own
+            once(True), torch.cuda.reset_peak_memory_stats()   # compilation has buffers of its own
         else:
             open("/proc/self/clear_refs", "w").write("5")
-        began = time.perf_counter()
-        once(), sync()
-        first = time.perf_counter() - began
-        memory = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
-        seconds = [first] if first > 8 else []
-        while first <= 8 and (len(seconds) < 3 or sum(seconds) < card["budget"]) and sum(seconds) < 12:
+        for mode, back in MODES.items():
             sync(), (began := time.perf_counter())
-            once(), sync(), seconds.append(time.perf_counter() - began)
+            once(back), sync()
+            first = time.perf_counter() - began
+            if back:
+                memory = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+            if not back and first > 4:                         # so long that its speed is not in question
+                break
+            seconds = [first] if first > 8 else []
+            while first <= 8 and len(seconds) < 200 and (len(seconds) < 3 or sum(seconds) < card["budget"]) and sum(seconds) < 4:
+                sync(), (began := time.perf_counter())
+                once(back), sync(), seconds.append(time.perf_counter() - began)
+            found[mode] = dict(seconds=seconds, memory=memory if back else None)
     except torch.cuda.OutOfMemoryError:
-        return dict(seconds=None, memory=None)
-    return dict(seconds=seconds, memory=memory)
+        found = None
+    return found
 
 
 def promises(kind, causal, flags, card):
@@ -270,19 +276,19 @@ def speed(args):
     print("parameters: " + ", ".join(f"{name} {sum(q.numel() for q in build(kind, causal, flags, card, 256).parameters()):,}" for name, (kind, causal, _, flags, _) in arms.items()))
     if args.profile:
         return profile(arms, card)
-    jobs = [((kind, causal, flags, T, mode, card), name) for T in lengths for name, (kind, causal, _, flags, most) in arms.items() for mode in MODES
-            if cuda or args.lengths or T <= min(most, 8192) or T <= most and MODES[mode]]
+    jobs = [((kind, causal, flags, T, None, card), name) for T in lengths for name, (kind, causal, _, flags, most) in arms.items() if cuda or args.lengths or T <= most]
     jobs += [((kind, True, flags, T, "decode", card), name) for T in (1024, 65536) for name, (kind, causal, _, flags, _) in arms.items() if causal and kind != "softmax"]
     cells, fresh = [], get_context("forkserver")
-    fresh.set_forkserver_preload(["bench"])
+    fresh.set_forkserver_preload(["torch", "numpy", "tqdm"])            # imported once, before the fork
     for job, name in tqdm(jobs, unit="cell", leave=False):
         with ProcessPoolExecutor(1, fresh) as process:         # a fresh process: its peak is this cell's own
             try:
                 found = process.submit(cell, job).result()
             except BrokenProcessPool:                          # the kernel's answer to too much memory
-                found = dict(seconds=None, memory=None)
-        t = np.quantile(found["seconds"], (0.5, 0.2, 0.8)).tolist() if found["seconds"] else [None] * 3
-        cells.append(dict(arm=name, T=job[3], mode=job[4], median=t[0], p20=t[1], p80=t[2], memory=found["memory"], n=len(found["seconds"] or [])))
+                found = None
+        for mode, c in (found or {mode: dict(seconds=[], memory=None) for mode in MODES}).items():
+            t = np.quantile(c["seconds"], (0.5, 0.2, 0.8)).tolist() if c["seconds"] else [None] * 3
+            cells.append(dict(arm=name, T=job[3], mode=mode, median=t[0], p20=t[1], p80=t[2], memory=c["memory"], n=len(c["seconds"])))
     result = dict(card=card, cells=cells, **summary(cells))
     for line in speed_tables(result):
         print(line)
