@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -534,6 +535,8 @@ def report(args):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # | head is no error
     p = Parser(description=__doc__)
     p.add("what", choices=["speed", "variants", "quality", "report"], help="what to measure")
     p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings")
