@@ -417,7 +417,9 @@ def cpu_name():
 
 
 def git_state():
-    return subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    """The commit, and -dirty if the code is not the commit's; the results that are being added do not count."""
+    git = lambda *command: subprocess.run(["git", "-C", HERE, *command], capture_output=True, text=True)
+    return git("describe", "--always").stdout.strip() + "-dirty" * (git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1)
 
 
 # -----------------------------------------------------------------------------
