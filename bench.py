@@ -116,20 +116,8 @@ class Softmax(model.Attention):
 class StoredWersa(model.Wersa):
     """Linear attention as one would first write it: all features of all tokens stored, autograd for the rest."""
 
-    def forward(self, x, mask=None):
-        read, digest, model.Read, model.Digest = model.Read, model.Digest, StoredRead, StoredDigest
-        try:
-            return super().forward(x, mask)
-        finally:
-            model.Read, model.Digest = read, digest
-
-
-class StoredRead:
-    apply = staticmethod(lambda q, S, R, kind: model.phi(q, R, kind, True) @ S)
-
-
-class StoredDigest:
-    apply = staticmethod(lambda k, v, R, kind: model.phi(k, R, kind).mT @ v)
+    def attend(self, q, k, v, R):
+        return model.phi(q, R, self.map, True) @ (model.phi(k, R, self.map).mT @ v)
 
 
 class HaarCore(model.Haar):
@@ -150,14 +138,14 @@ class Copy(nn.Module):
 KINDS = {**model.MIXERS, "softmax": Softmax, "stored": StoredWersa, "core": HaarCore, "copy": Copy}
 SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest T on a CPU)
     "flash SDPA": ("attention", False, "flash SDPA", {}, 32768),
-    "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 4096),
+    "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 8192),
     "haar": ("haar", False, "flash SDPA", {}, 32768),
     "wavspa, 1 level": ("wavspa", False, "flash SDPA", dict(levels=1), 8192),
     "wersa": ("wersa", False, "flash SDPA", {}, 32768),
     "wersa m=1024": ("wersa", False, "flash SDPA", dict(n_features=1024), 32768),
     "wersa m=1024, features stored": ("stored", False, "flash SDPA", dict(n_features=1024), 8192),
     "flash SDPA causal": ("attention", True, "flash SDPA causal", {}, 8192),
-    "softmax causal, matrix stored": ("softmax", True, "flash SDPA causal", {}, 4096),
+    "softmax causal, matrix stored": ("softmax", True, "flash SDPA causal", {}, 8192),
     "haar atrous, L=8": ("haar", True, "flash SDPA causal", dict(levels=8), 32768),
     "haar partial": ("haar", True, "flash SDPA causal", dict(haar_causal="partial"), 32768),
     "wavspa sorted, 1 level": ("wavspa", True, "flash SDPA causal", dict(levels=1), 8192),

@@ -524,7 +524,7 @@ class Haar(nn.Module):
     def block(self, x):
         """The decimated transform, bidirectional: down through the levels, then back up, each level adding its band to the
         sum of all coarser ones."""
-        T, pairs = x.size(1), []
+        T = x.size(1)
 
         def split(a, l):
             a, (low, read) = F.pad(a, (0, 0, 0, a.size(1) % 2)), self.rows(l)
@@ -936,6 +936,9 @@ class Wersa(Attention):
         y = y[..., :-1] / (y[..., -1:] + 1e-6)
         return y.unflatten(0, (-1, self.n_head)).to(like.dtype)
 
+    def attend(self, q, k, v, R):                              # sums over what each token may see, unnormalised
+        return causal_read(q, k, v, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, v, R, self.map), R, self.map)
+
     def forward(self, x, mask=None, pos=0):
         qk, v = self.c_attn(x).split([2 * x.size(-1), x.size(-1)], -1)
         if mask is not None:
@@ -953,7 +956,7 @@ class Wersa(Attention):
         q, k = self.rotate(q, k, pos)
         with torch.autocast(x.device.type, enabled=False):
             q, k, u, R = self.scaled(q), self.scaled(k), self.ones(self.heads(v), mask), self.R.float()
-            y = causal_read(q, k, u, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, u, R, self.map), R, self.map)
+            y = self.attend(q, k, u, R)
         return self.out(self.ratio_of(y, v))
 
     def init_state(self, batch_size, device=None, dtype=None):

@@ -529,8 +529,9 @@ if meta["metric"] in ("bleu", "exact"):
     say(f"test perplexity {math.exp(found['loss']):.3f}, token accuracy {found['accuracy']:.4f}, given the true tokens before each")
 if found.get("auc"):
     say(f"test AUC {found['auc']:.4f}")
+by_group = lambda found: f"by {meta['groups']}: " + ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items())
 if "groups" in found:
-    say(f"test accuracy by {meta['groups']}: " + ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items()))
+    say(f"test accuracy {by_group(found)}")
 if T_far > T_max and cfg.pos == "learned":
     say(f"{far} at {T_far} tokens: left out, --pos=learned knows no position beyond --block_size={T_max}")
 elif T_far:
@@ -539,7 +540,7 @@ elif T_far:
     result["far"] = dict(found, split=far, block_size=T_far, metric=score(far, found, 10**9, cfg.beam, T_far), n=len(data),
                          trivial=meta["splits"][far]["trivial"])
     say(f"{far} at up to {T_far} tokens (trained at {T_max}) | loss {found['loss']:.4f} | {METRIC} {result['far']['metric']:.4f} (n={len(data)})"
-        + (f" | by {meta['groups']}: " + ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items()) if "groups" in found else ""))
+        + (f" | {by_group(found)}" if "groups" in found else ""))
 if master:
     with replacing(os.path.join(out, "result.json")) as f:
         json.dump(result, f, indent=1)
