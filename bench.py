@@ -37,7 +37,7 @@ from tqdm import tqdm
 import model
 from model import ModelConfig, Wavspa, build_mixer
 from prepare_data import Parser, prepare, replacing
-from sample import keep_freed_pages
+from sample import keep_freed_pages, learned, load_model
 
 HERE = Path(__file__).resolve().parent
 
@@ -419,7 +419,10 @@ MIX = {m: [f"--mixer={m}"] for m in ("wersa", "haar", "attention", "wavspa")}
 SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's width makes its parameters match the first's
     "numbers": dict(seeds=(1337,), rates=(2e-3,), base=[], arms={**MIX, "wavspa": ["--mixer=wavspa", "--levels=2"]}),
     "positions": dict(seeds=(1337,), rates=(2e-3,), base=["--mixer=wersa"], arms={p: [f"--pos={p}"] for p in ("rope", "learned", "none")}),
-    "multi30k": dict(seeds=(1337,), rates=(2e-3,), base=PAIR, arms={**MIX, "haar, attention cross": ["--mixer=haar", "--cross=attention"], "haar, wersa cross": ["--mixer=haar", "--cross=wersa"]}),
+    "multi30k": dict(seeds=(1337,), rates=(2e-3,), base=PAIR, arms={
+        "attention": ["--mixer=attention"], "wersa": ["--mixer=wersa"], "haar": ["--mixer=haar", "--n_embd=136"],
+        "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=136"],
+        "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"]}),
     "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
@@ -440,9 +443,51 @@ TASKS = {  # every data set with a short training of one mixer, to be held again
     "imdb, wersa": "--dataset=imdb --n_embd=64 --block_size=512 --batch_size=32 --max_iters=600 --learning_rate=1e-3",
     "text, haar": "--dataset=text --mixer=haar --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40",
 }
+SMALL = "--n_embd=64 --warmup_iters=50".split()
+LISTOPS = ["--dataset=listops", *SMALL, "--batch_size=32", "--max_iters=1500", "--eval_interval=500"]
+LEGO = ["--dataset=lego", *SMALL, "--batch_size=64", "--max_iters=1500", "--eval_interval=500"]
+RECALL = ["--dataset=recall", *SMALL, "--n_head=2", "--batch_size=64", "--max_iters=2500", "--eval_interval=500"]
+IMDB = ["--dataset=imdb", *SMALL, "--block_size=256", "--eval_block_size=512", "--batch_size=32", "--max_iters=1000", "--eval_interval=250"]
+SHORT = {"listops": dict(min_len=10, max_len=100), "lego": dict(n_links=6, n_tr=3), "recall": dict(n_pairs=4, n_keys=16)}
+SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_size=32", "--max_iters=600", "--eval_interval=300"], arms={
+    "attention": ["--mixer=attention"],
+    "attention, aligned cross": ["--mixer=attention", "--cross=aligned", "--n_embd=60"],
+    "haar, aligned cross": ["--mixer=haar", "--n_embd=68"],
+    "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=72"],
+    "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=72"],
+    "haar, aligned cross, fixed taps": ["--mixer=haar", "--haar_learnable=False", "--n_embd=68"],
+    "haar, aligned cross, 3 levels": ["--mixer=haar", "--levels=3", "--n_embd=68"],
+    "haar, aligned cross, concat": ["--mixer=haar", "--haar_aggregate=concat", "--n_embd=52"],
+    "haar, aligned cross, by place alone": ["--mixer=haar", "--aligned_content=False", "--n_embd=68"],
+    "haar literal, aligned cross (leaks)": ["--mixer=haar", "--haar_causal=literal", "--leak", "--n_embd=68"],
+})
+WAVSPA = {
+    **{m: [f"--mixer={m}", f"--n_embd={n}"] for m, n in (("attention", 64), ("wersa", 60), ("fourier", 80))},
+    **{f"attention in {p}": ["--mixer=wavspa", f"--wavelet_params={p}", "--levels=2"] for p in ("fixed", "ada", "ortho", "lift")},
+    **{f"{m} in ortho": ["--mixer=wavspa", "--levels=2", f"--inner={m}", f"--n_embd={n}"] for m, n in (("wersa", 56), ("fourier", 76))},
+    **{f"attention in ortho, {l} level{'s' * (l > 1)}": ["--mixer=wavspa", f"--levels={l}"] for l in (1, 3, 4)},
+    "attention in ortho, one a band": ["--mixer=wavspa", "--levels=2", "--wavspa_shared=False", "--n_embd=48"],
+    "control: even and odd samples": ["--mixer=wavspa", "--levels=2", "--wavelet_params=fixed", "--wavelet=lazy"],
+    "control: random orthonormal taps": ["--mixer=wavspa", "--levels=2", "--wavelet_params=fixed", "--wavelet=random"],
+    "control: convolution, then attention": ["--mixer=wavspa", "--wavelet_params=conv"],
+}
+for name, base in (("listops", LISTOPS), ("lego", LEGO)):
+    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(1e-3, 3e-3), base=base, arms=WAVSPA, prepare=SHORT)
+WERSA = {
+    "attention": ["--mixer=attention"],
+    "haar": ["--mixer=haar", "--n_embd=72"],
+    **{f"wersa{', exp features' * (f == 'exp')}, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", f"--feature_map={f}", f"--n_embd={n}"]
+       for f, l, n in (("relu", 0, 64), ("relu", 2, 60), ("exp", 0, 64), ("exp", 2, 60))},
+}
+MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=60"] for l in (1, 4, 6)},
+        **{f"wersa, L=2, m={m}": ["--mixer=wersa", f"--n_features={m}", "--n_embd=60"] for m in (16, 32, 256, 1024)},
+        "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"],
+        "wersa, L=2, gains not adaptive": ["--mixer=wersa", "--wersa_adaptive=False"]}
+for name, base, arms in (("listops", LISTOPS, WERSA | MORE), ("recall", RECALL, WERSA), ("imdb", IMDB, {k: v for k, v in WERSA.items() if "exp" not in k})):
+    SUITES[f"wersa_{name}"] = dict(seeds=(1, 2, 3), rates=(3e-3,), base=base, arms=arms, prepare=SHORT)
 SUITES["tasks"] = dict(seeds=(1337,), rates=(2e-3,), base=[], arms={arm: flags.split() for arm, flags in TASKS.items()}, prepare={
     "listops": dict(min_len=10, max_len=100), "pathfinder": dict(rows=20_000), "wmt16": dict(vocab_size=4000), "recall": dict(n_pairs=8, n_keys=32), "text": dict(tokenizer="bytes")})
-COLUMNS = ("suite arm seed learning_rate params steps seconds test_loss test_metric metric n trivial far data_rows data_tokens data_seconds "
+COLUMNS = ("suite arm seed learning_rate params steps seconds val_loss test_loss test_metric metric n trivial groups far state_bytes moved data_rows data_tokens data_seconds "
            "git machine torch threads flags").split()
 LOWER = ("bits per byte",)                                     # metrics of which less is better
 
@@ -477,9 +522,10 @@ def quality(args):
             if run.returncode:
                 raise SystemExit(f"{arm}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
             result = json.load(open(f"{out}/run/result.json"))
+            trained, *_ = load_model(f"{out}/run/best.pt")
         row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate_of(arm, rate), git=git, torch=torch.__version__, threads=threads,
-                   machine=cpu_name(), flags=" ".join(flags[:-1]), trivial=json.dumps(result["trivial"]),
-                   far=json.dumps(result.get("far", {})), **{f"data_{k}": v for k, v in result["data"].items()})
+                   machine=cpu_name(), flags=" ".join(flags[:-1]), trivial=json.dumps(result["trivial"]), groups=json.dumps(result["test"].get("groups", {})),
+                   state_bytes=decoder_state(trained), moved=json.dumps({name: [round(row[0], 4) for row in rows] for name, rows in learned(trained).items()}), far=json.dumps(result.get("far", {})), **{f"data_{k}": v for k, v in result["data"].items()})
         with writing:                                          # the file is rewritten as a whole, so that a kill leaves the old one or the new one
             rows = [*read_rows(path), row]
             path.parent.mkdir(exist_ok=True)
@@ -491,6 +537,12 @@ def quality(args):
     print(f"{args.suite}: {len(todo)} of {len(arms) * len(suite['seeds']) * len(suite['rates'])} runs to do, {args.jobs} at a time on {threads} thread(s) each", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, todo))
+
+
+def decoder_state(m):
+    """Bytes that decoding keeps once the block is full, of a decoder alone."""
+    if m.config.arch == "decoder":
+        return state_bytes(fast_forward(m.init_state(1)["mixers"], m.config.block_size))
 
 
 def table(path):

@@ -58,11 +58,11 @@ class ModelConfig:
     haar_learnable: bool = True     # False freezes the taps at Haar's
     haar_tile: bool = False         # True = the paper's plain tiling, which has rank T/2
     haar_causal: str = "atrous"     # atrous | partial | literal (leaks; kept for the record)
-    wavelet: str = "db2"            # haar | db2 ... db20
-    wavelet_params: str = "ortho"   # fixed | ada | ortho | lift
+    wavelet: str = "db2"            # haar | db2 ... db20 | lazy (even and odd samples) | random (4 orthonormal taps): the last two are controls
+    wavelet_params: str = "ortho"   # fixed | ada | ortho | lift | conv (a control: the taps as a depthwise convolution before the inner mixer)
     wavspa_causal: str = "sorted"   # sorted (by completion time) | atrous (undecimated)
     wavspa_shared: bool = True      # False = one attention per band, the authors' choice
-    inner: str = "attention"        # attention | wersa: what wavspa wraps
+    inner: str = "attention"        # attention | wersa | fourier: what wavspa wraps
     n_features: int = 0             # wersa; 0 = 4 * channels per head
     feature_map: str = "relu"       # relu | exp
     orthogonal_features: bool = False
@@ -86,8 +86,8 @@ class ModelConfig:
         check(self.n_features >= 0, f"--n_features={self.n_features} must be at least 1 (or 0 for 4 * n_embd / n_head)")
         check(self.beta > 0, f"--beta={self.beta} must be above 0")
         check(self.cross_ratio > 0, f"--cross_ratio={self.cross_ratio} must be above 0")
-        check(self.mixer != "fourier" or self.arch == "encoder",
-              f"--mixer=fourier mixes the whole sequence and cannot be causal: use --arch=encoder, not {self.arch}")
+        for flag, whole in (("mixer", "fourier"), ("inner", "fourier"), ("wavelet_params", "conv")):
+            check(getattr(self, flag) != whole or self.arch == "encoder", f"--{flag}={whole} has no causal form: use --arch=encoder, not {self.arch}")
 
     @property
     def n_levels(self):
@@ -101,10 +101,10 @@ CHOICES = {  # every flag that takes one of a few words
     "pool": ("mean", "cls", "token"),
     "haar_aggregate": ("sum", "concat"),
     "haar_causal": ("atrous", "partial", "literal"),
-    "wavelet": ("haar",) + tuple(f"db{n}" for n in range(2, 21)),
-    "wavelet_params": ("fixed", "ada", "ortho", "lift"),
+    "wavelet": ("haar", *(f"db{n}" for n in range(2, 21)), "lazy", "random"),
+    "wavelet_params": ("fixed", "ada", "ortho", "lift", "conv"),
     "wavspa_causal": ("sorted", "atrous"),
-    "inner": ("attention", "wersa"),
+    "inner": ("attention", "wersa", "fourier"),
     "feature_map": ("relu", "exp"),
 }
 
@@ -144,6 +144,13 @@ def daubechies(n):
 def lattice_angles(n):
     """The n rotation angles, float64, with lattice(angles) = daubechies(n)."""
     return _daubechies(n)[1].clone()
+
+
+def wavelet_angles(name):
+    """The rotation angles that a --wavelet starts from: haar, dbN, or a control: lazy (h = (1, 0)) or random."""
+    if name in ("lazy", "random"):
+        return torch.zeros(1, dtype=torch.float64) if name == "lazy" else 2 * math.pi * torch.rand(2, dtype=torch.float64)
+    return lattice_angles(1 if name == "haar" else int(name[2:]))
 
 
 def qmf(h):
@@ -454,7 +461,7 @@ class Fourier(nn.Module):
         super().__init__()
         check(not causal, "--mixer=fourier mixes the whole sequence and cannot be causal: use it with --arch=encoder")
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, pos=None):
         if mask is None:
             return torch.fft.fft2(x.float(), norm="ortho").real.to(x.dtype)
         n, y = lengths(mask), torch.zeros_like(x)
@@ -592,7 +599,8 @@ class Haar(nn.Module):
 class Wavspa(nn.Module):
     """WavSpA (arXiv 2210.01989, eq. 3): y = IDWT(attend(DWT(x))), a periodised transform, every band attended.
     --wavelet_params: fixed Daubechies taps · ada: free taps per channel (inverse only while they stay orthonormal) ·
-    ortho: rotation lattice, exact for any angles · lift: predict and update steps, exact for any.
+    ortho: rotation lattice, exact for any angles · lift: predict and update steps, exact for any. Controls that show what
+    is the wavelets' doing: --wavelet=lazy or random, and conv, free taps in front of the inner mixer and no transform.
 
     Differs from the paper:
     - the inverse is exact (the released lattice flips channels instead of taps, so its inverse is none);
@@ -606,16 +614,16 @@ class Wavspa(nn.Module):
         super().__init__()
         C, self.L, self.kind = cfg.n_embd, cfg.n_levels, cfg.wavelet_params
         self.form = cfg.wavspa_causal if causal else "bands"
-        n = 1 if cfg.wavelet == "haar" else int(cfg.wavelet[2:])
-        h = daubechies(n).float()
+        check(self.kind != "conv" or not causal, "--wavelet_params=conv has no causal form: use it with --arch=encoder")
+        angles = wavelet_angles(cfg.wavelet)
         if self.kind == "fixed":
-            self.register_buffer("taps", h)
-        elif self.kind == "ada":
-            self.taps = nn.Parameter(h[:, None].repeat(1, C))
+            self.register_buffer("taps", lattice(angles).float())
+        elif self.kind in ("ada", "conv"):
+            self.taps = nn.Parameter(lattice(angles).float()[:, None].repeat(1, C))
         elif self.kind == "ortho":
-            self.angles = nn.Parameter(lattice_angles(n).float()[:, None].repeat(1, C))
-        else:                                                  # Haar, or LeGall's 5/3 for any longer wavelet
-            lift = [[1, 0], [0, 0.5]] if cfg.wavelet == "haar" else [[0.5, 0.5], [0.25, 0.25]]
+            self.angles = nn.Parameter(angles.float()[:, None].repeat(1, C))
+        else:                                                  # Haar, no prediction at all, or LeGall's 5/3 for any longer wavelet
+            lift = {"haar": [[1.0, 0.0], [0.0, 0.5]], "lazy": [[0.0, 0.0], [0.0, 0.0]]}.get(cfg.wavelet, [[0.5, 0.5], [0.25, 0.25]])
             self.lift = nn.Parameter(torch.tensor(lift)[..., None].repeat(1, 1, C))
         self.inner = nn.ModuleList(MIXERS[cfg.inner](cfg, causal) for _ in range(1 if cfg.wavspa_shared else self.L + 1))
         self.band = nn.Parameter(0.02 * torch.randn(self.L + 1, C))  # order d_1 ... d_L, a_L
@@ -630,6 +638,10 @@ class Wavspa(nn.Module):
     def forward(self, x, mask=None):
         if mask is not None:
             x = x * mask[..., None]
+        if self.kind == "conv":
+            n, T = len(self.taps), x.size(1)
+            x = F.pad(x, (0, 0, n // 2 - 1, n // 2))
+            return self.inner[0](mix(self.taps[None], *(x[:, m:m + T] for m in range(n)))[0], mask)
         return {"bands": self.bands, "sorted": self.sorted, "atrous": self.atrous}[self.form](x, mask)
 
     def transform(self):

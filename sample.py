@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Haar, ModelConfig, WaveletTransformer, Wavspa, Wersa, daubechies
+from model import Haar, ModelConfig, WaveletTransformer, Wavspa, Wersa, lattice, wavelet_angles
 from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, read_text, replacing
 
 FORMAT = 1  # of ckpt.pt and best.pt
@@ -180,29 +180,36 @@ def read_image(name, shape):
     return (grey.round().astype(int).ravel() + N_SPECIAL).tolist()
 
 
-def show_wavelets(model, path):
-    """Per wavelet layer and level: the taps' means over channels, how far they moved from where they started (RMS), and
-    the weight of the level's band in the output (RMS); the movement and the weights also as a picture."""
-    lines = {}                                                 # layer -> [(level, moved, weight)]
+def learned(model, show=lambda *a: None):
+    """What the wavelet layers have learned -> {layer: [(moved, weight)]} by level: the RMS distance of the taps (or gains)
+    from where they started, and the RMS weight of the level's band in the output. show=print says it as a table too."""
+    lines = {}
     for name, m in model.named_modules():
         if isinstance(m, Haar):
-            print(f"{name}: level   alpha    beta   gamma   delta   moved  weight")
-            start, weight = torch.tensor([[1.0, 1.0], [1.0, -1.0]])[..., None] / 2 ** 0.5, m.weight.square().mean((1, 2)).sqrt()
-            for l, taps in enumerate(m.taps.cpu()):
+            show(f"{name}: level   alpha    beta   gamma   delta   moved  weight")
+            start, weight = torch.tensor([[1.0, 1.0], [1.0, -1.0]])[..., None] / 2 ** 0.5, m.weight.detach().square().mean((1, 2)).sqrt()
+            for l, taps in enumerate(m.taps.detach().cpu()):
                 row = [*taps.mean(-1).flatten().tolist(), (taps - start).square().mean().sqrt().item(), weight[l].item()]
-                print(" " * len(name) + f"  {l + 1:5d} " + " ".join(f"{v:7.3f}" for v in row))
+                show(" " * len(name) + f"  {l + 1:5d} " + " ".join(f"{v:7.3f}" for v in row))
                 lines.setdefault(name, []).append(row[-2:])
-            print(" " * len(name) + f"  a_L: weight {weight[-1].item():.3f}")
+            show(" " * len(name) + f"  a_L: weight {weight[-1].item():.3f}")
         elif isinstance(m, Wavspa):
-            h, n = m.filters()[0].detach().cpu(), 1 if model.config.wavelet == "haar" else int(model.config.wavelet[2:])
+            h, start = m.filters()[0].detach().cpu(), lattice(wavelet_angles(model.config.wavelet)).float()
             error = m.reconstruction_error(torch.randn(1, 64, m.band.size(1), device=m.band.device))
             h = h if h.dim() > 1 else h[:, None]
-            print(f"{name}: mean taps " + " ".join(f"{v:.3f}" for v in h.mean(1)) + f", reconstruction error {error:.1e}")
-            if len(h) == 2 * n:
-                lines[name] = [((h - daubechies(n).float()[:, None]).square().mean().sqrt().item(), w) for w in m.band.detach().square().mean(1).sqrt().tolist()]
+            show(f"{name}: mean taps " + " ".join(f"{v:.3f}" for v in h.mean(1)) + f", reconstruction error {error:.1e}")
+            if len(h) == len(start) and model.config.wavelet != "random":
+                lines[name] = [((h - start[:, None]).square().mean().sqrt().item(), w) for w in m.band.detach().square().mean(1).sqrt().tolist()]
         elif isinstance(m, Wersa) and m.L:
-            print(f"{name}: gain scale, d_1 ... d_L, a_L: " + " ".join(f"{v:.3f}" for v in m.scale.mean(0)))
-            lines[name] = [(abs(v - 1), v) for v in m.scale.mean(0).tolist()]
+            gains = m.scale.detach().mean(0).tolist()
+            show(f"{name}: gain scale, d_1 ... d_L, a_L: " + " ".join(f"{v:.3f}" for v in gains))
+            lines[name] = [(abs(v - 1), v) for v in gains]
+    return lines
+
+
+def show_wavelets(model, path):
+    """learned, printed and as a picture."""
+    lines = learned(model, print)
     if not lines:
         raise SystemExit(f"--show=wavelets: a model of --mixer={model.config.mixer} has no wavelets")
     import matplotlib

@@ -48,6 +48,7 @@ VARIANTS = [" ".join(v.split()) for v in """
     wavspa wavelet=db20 wavspa_shared=0 inner=wersa levels=2 | wavspa wavspa_causal=atrous levels=2
     wavspa wavspa_causal=atrous wavelet=haar wavelet_params=fixed wavspa_shared=0 | wavspa wavspa_causal=atrous wavelet_params=lift levels=2
     wavspa wavspa_causal=atrous wavelet=db3 wavelet_params=ada wavspa_shared=0 inner=wersa levels=3 pos=none
+    wavspa wavelet=lazy wavelet_params=lift | wavspa wavelet=random levels=3
     wersa | wersa wersa_levels=0 | wersa wersa_adaptive=0 n_features=7 | wersa wersa_levels=3 pos=none orthogonal_features=1
     wersa feature_map=exp beta=1.5 | wersa feature_map=exp wersa_levels=3 orthogonal_features=1 bias=1""".strip().replace("\n", "|").split("|")]
 VARIANTS += [m for m in M.MIXERS if m != "fourier" and m not in {v.split()[0] for v in VARIANTS}]     # one that you have added
@@ -221,7 +222,7 @@ def test_step(text):  # catches: outputs that are views of a buffer, state kept 
     for a, b in zip(*grads):
         close(a, b, 1e-4)
 
-@each("text,causal", [*product(VARIANTS, BOTH), ("fourier", False)])
+@each("text,causal", [*product(VARIANTS, BOTH), ("fourier", False), ("wavspa inner=fourier", False), ("wavspa wavelet_params=conv", False)])
 def test_masks(text, causal):  # catches: means over padding, a wrap into padding, masked keys that weigh, the NaN of a softmax over nothing
     n, m, x = [65, 40, 33, 1], mixer(text, causal), rand(4, 65, 16)
     mask = mask_of(65, *n)
@@ -604,7 +605,7 @@ def test_compiles_into_one_graph(text, monkeypatch):  # catches: a Python number
 
 @each("text", """n_embd=15 n_embd=0 n_head=0 n_layer=0 block_size=0 vocab_size=0 n_classes=0 levels=-1 levels=8 wersa_levels=-1 wersa_levels=8 n_features=-1
       dropout=1 dropout=-0.1 dropout=nan label_smoothing=1 beta=0 beta=nan cross_ratio=0 arch=decodr mixer=mamba mixer=fourier,arch=decoder mixer=fourier,arch=encdec
-      inner=fourier inner=wavspa cross=haar wavelet=db21 wavelet=db1 wavelet_params=free wavspa_causal=literal pos=alibi haar_causal=blocked haar_aggregate=mean
+      inner=fourier,arch=decoder wavelet_params=conv,arch=encdec inner=wavspa cross=haar wavelet=db21 wavelet=db1 wavelet_params=free wavspa_causal=literal pos=alibi haar_causal=blocked haar_aggregate=mean
       feature_map=elu pool=max""".split())
 def test_bad_configuration(text):  # catches: an assertion or an index error deep inside, a sentence that names no flag
     with pytest.raises(ValueError, match="--" + text.split("=")[0]):

@@ -520,7 +520,7 @@ if world > 1:
 model.load_state_dict(load_checkpoint(best_path, device)["model"])
 found = evaluate(splits["test"], 10**9)
 test_score = score("test", found, 10**9, cfg.beam)
-result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), test_loss=found["loss"], test_metric=test_score, metric=METRIC,
+result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), val_loss=best_loss, test_loss=found["loss"], test_metric=test_score, metric=METRIC,
               n=len(splits["test"]), test=found, trivial=meta["splits"]["test"]["trivial"],
               data=dict(rows=meta["splits"]["train"]["rows"], tokens=int(np.sum(meta["splits"]["train"]["tokens"])), seconds=meta["seconds"]))
 say(f"{cfg.max_iters} steps in {seconds / 60:.1f} minutes | test loss {found['loss']:.4f} | test {METRIC} {test_score:.4f} (n={len(splits['test'])}, best.pt) | trivial: "
