@@ -511,7 +511,7 @@ def quality(args):
     rate_of = lambda arm, rate: next((f.split("=")[1] for f in arms[arm] if f.startswith("--learning_rate=")), str(rate))
     todo = [job for job in product(arms, map(str, suite["seeds"]), suite["rates"]) if (*job[:2], rate_of(job[0], job[2])) not in done]
     git = git_state()
-    threads, writing = max(1, (os.cpu_count() or 1) // args.jobs), Lock()
+    threads, writing = max(1, torch.get_num_threads() // args.jobs), Lock()
 
     def one(job):
         arm, seed, rate = job
