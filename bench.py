@@ -106,8 +106,8 @@ class Softmax(model.Attention):
 
     def forward(self, x, mask=None):
         q, k, v = (self.heads(u) for u in self.c_attn(x).chunk(3, -1))
-        q, k = self.rotate(q, k, 0)
-        scores = q @ k.mT / math.sqrt(q.size(-1))
+        W = self.turns(q, 0)
+        scores = model.turn(q, W) @ model.turn(k, W).mT / math.sqrt(q.size(-1))
         if self.causal:
             scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
         return self.out(scores.softmax(-1) @ v)
@@ -116,8 +116,9 @@ class Softmax(model.Attention):
 class StoredWersa(model.Wersa):
     """Linear attention as one would first write it: all features of all tokens stored, autograd for the rest."""
 
-    def attend(self, q, k, v, R):
-        return model.phi(q, R, self.map, True) @ (model.phi(k, R, self.map).mT @ v)
+    def attend(self, qkv, R, W, w, real, how):
+        phi, (q, k, v) = model.Features(how, R, W, w, real), qkv.transpose(1, 3).unbind(2)
+        return model.normalise(phi(phi.load(q), True) @ (phi(phi.load(k)).mT @ model.ones(v, real, (slice(None),) * 3)))[0]
 
 
 class HaarCore(model.Haar):

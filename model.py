@@ -22,7 +22,7 @@ masked positions change nothing at real ones, step equals the parallel form, any
 import inspect
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 
 import torch
@@ -194,7 +194,8 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, W, *x):
-        ctx.save_for_backward(W, *x)
+        ctx.save_for_backward(W, *(x if ctx.needs_input_grad[0] else ()))
+        ctx.like = [(u.size(-2), u.dtype) for u in x]
         return Mix.rows(W, x)
 
     @staticmethod
@@ -202,26 +203,26 @@ class Mix(torch.autograd.Function):
         y = tuple(w[0] * x[0] for w in W)
         for y_r, w in zip(y, W):
             for w_j, x_j in zip(w[1:], x[1:]):
-                Mix.end(y_r, x_j).addcmul_(w_j, x_j)
+                Mix.end(y_r, x_j.size(-2)).addcmul_(w_j, x_j)
         return y
 
     @staticmethod
-    def end(y, x):                                             # the rows of y that x is added to
-        return y[..., y.size(-2) - x.size(-2):, :]
+    def end(y, n):                                             # the rows of y that an x of n rows is added to
+        return y[..., y.size(-2) - n:, :]
 
     @staticmethod
     def backward(ctx, *dy):
         W, *x = ctx.saved_tensors
-        dx, dW = [None] * len(x), None
-        for j, u in enumerate(x):
+        dx, dW = [None] * len(ctx.like), None
+        for j, (n, dtype) in enumerate(ctx.like):
             if ctx.needs_input_grad[1 + j]:
-                dx[j] = W[0, j] * Mix.end(dy[0], u)
+                dx[j] = W[0, j] * Mix.end(dy[0], n)
                 for w, d in zip(W[1:, j], dy[1:]):
-                    dx[j].addcmul_(w, Mix.end(d, u))
-                dx[j] = dx[j].to(u.dtype)
+                    dx[j].addcmul_(w, Mix.end(d, n))
+                dx[j] = dx[j].to(dtype)
         if ctx.needs_input_grad[0]:
             total = (lambda v: v.float().flatten(0, -2).sum(0)) if W.dim() == 3 else torch.sum
-            dW = torch.stack([total(Mix.end(d, u) * u) for d in dy for u in x]).view_as(W)
+            dW = torch.stack([total(Mix.end(d, u.size(-2)) * u) for d in dy for u in x]).view_as(W)
         return dW, *dx
 
 
@@ -384,13 +385,22 @@ class Ring:
 # attention: the baseline, and what wavspa wraps
 
 
-def rope(x, pos):
-    """Rotary position embedding (arXiv 2104.09864): x (..., T, dh), pos (T,) or the first one's; an odd last channel stays."""
-    n, pos = x.size(-1) // 2, torch.arange(pos, pos + x.size(-2), device=x.device) if isinstance(pos, int) else pos
-    angle = pos.float()[:, None] * 10000 ** (-torch.arange(n, device=x.device) / max(n, 1))
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)                     # (T, n)
-    a, b = x[..., :n], x[..., n:2 * n]
-    return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., 2 * n:]), -1)
+def turns(pos, T, dh, device):
+    """Rotary position embedding (arXiv 2104.09864): the matrices (2, 2, T, dh // 2) that turn each pair of channels at
+    places pos (T,), or from pos on."""
+    n, pos = dh // 2, torch.arange(pos, pos + T, device=device) if isinstance(pos, int) else pos
+    angle = pos.float()[:, None] * 10000 ** (-torch.arange(n, device=device) / max(n, 1))
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((cos, -sin, sin, cos)).unflatten(0, (2, 2))
+
+
+def turn(x, W):
+    """x (..., T, dh) turned by W = turns(...), or left alone where W is None; an odd last channel stays."""
+    if W is None:
+        return x
+    n = x.size(-1) // 2
+    a, b, rest = x.split([n, n, x.size(-1) - 2 * n], -1)
+    return torch.cat((*mix(W.to(x.dtype), a, b), rest), -1)
 
 
 def append(buf, x, t):
@@ -418,13 +428,13 @@ class Attention(nn.Module):
     def out(self, y):                                          # (B, H, T, dh) -> (B, T, C)
         return self.c_proj(y.transpose(1, 2).flatten(-2))
 
-    def rotate(self, q, k, pos):
-        return (rope(q, pos), rope(k, pos)) if self.rope else (q, k)
+    def turns(self, x, pos):                                   # for x (..., T, dh)
+        return turns(pos, x.size(-2), x.size(-1), x.device) if self.rope else None
 
     def forward(self, x, mask=None, pos=0):
         q, k, v = (self.heads(u) for u in self.c_attn(x).chunk(3, -1))
-        q, k = self.rotate(q, k, pos)
-        return self.out(sdpa(q, k, v, mask, self.causal, self.dropout if self.training else 0.0))
+        W = self.turns(q, pos)
+        return self.out(sdpa(turn(q, W), turn(k, W), v, mask, self.causal, self.dropout if self.training else 0.0))
 
     def init_state(self, batch_size, device=None, dtype=None):
         empty = torch.zeros(batch_size, self.n_head, 0, self.c_proj.in_features // self.n_head, device=device, dtype=dtype)
@@ -433,9 +443,9 @@ class Attention(nn.Module):
     def step(self, x_t, state, pos=None):
         t, K, V = state
         q, k, v = (self.heads(u) for u in self.c_attn(x_t)[:, None].chunk(3, -1))
-        q, k = self.rotate(q, k, t if pos is None else pos)
-        K, V = append(K, k.to(K.dtype), t), append(V, v.to(V.dtype), t)
-        y = F.scaled_dot_product_attention(q.to(K.dtype), K[:, :, :t + 1], V[:, :, :t + 1])
+        W = self.turns(q, t if pos is None else pos)
+        K, V = append(K, turn(k, W).to(K.dtype), t), append(V, v.to(V.dtype), t)
+        y = F.scaled_dot_product_attention(turn(q, W).to(K.dtype), K[:, :, :t + 1], V[:, :, :t + 1])
         return self.out(y.to(v.dtype))[:, 0], (t + 1, K, V)
 
 
@@ -464,12 +474,12 @@ class Fourier(nn.Module):
     def forward(self, x, mask=None, pos=None):
         if mask is None:
             return torch.fft.fft2(x.float(), norm="ortho").real.to(x.dtype)
-        n, y = lengths(mask), torch.zeros_like(x)
-        x = x * mask[..., None]
-        for length in n.unique().tolist():
-            rows = (n == length).nonzero()[:, 0]
-            y[rows, :length] = torch.fft.fft2(x[rows, :length].float(), norm="ortho").real.to(x.dtype)
-        return y
+        n, t, T = lengths(mask)[:, None], torch.arange(x.size(1), device=x.device), x.size(1)
+        chirp = torch.polar(torch.ones(1, device=x.device), -math.pi * (t * t % (2 * n)) / n)[..., None]   # (B, T, 1): kt = (k^2 + t^2 - (k-t)^2) / 2,
+        kernel = torch.cat((chirp, torch.zeros_like(chirp[:, :1]), chirp[:, 1:].flip(1)), 1).conj()        # so a DFT of any length is a convolution
+        y = torch.fft.fft((x * mask[..., None]).float(), norm="ortho") * chirp                             # (Bluestein 1970)
+        y = torch.fft.ifft(torch.fft.fft(y, 2 * T, dim=1) * torch.fft.fft(kernel, dim=1), dim=1)[:, :T] * chirp
+        return ((y.real / n[..., None].sqrt()) * (t < n)[..., None]).to(x.dtype)
 
 
 def lengths(mask):
@@ -735,167 +745,296 @@ class Wavspa(nn.Module):
 # wersa: linear attention over wavelet-filtered queries and keys
 
 
-def block_means(x, levels):
-    """x (B, T, ...) -> [mean of the 2^l-block that t lies in, l = 1..levels], each (B, T, ...); zeros beyond T."""
-    T, a, out = x.size(1), x.flatten(2), []
-    for l in range(1, levels + 1):
-        a, = fir(F.pad(a, (0, 0, 0, a.size(1) % 2)), a.new_full((1, 2), 0.5))
-        out.append(a.repeat_interleave(2 ** l, 1)[:, :T].view_as(x))
-    return out
+def block_bands(u, w, d=None):
+    """y = sum_l w_l mean_l(u), mean_l over the 2^l-block that a token lies in, l = 0..L: u (b, h, c, dh), w (b, h, 1, L+1), zeros
+    beyond c. Given d, the gradient at y: those at u and w, by the same sum, since a mean over blocks is its own transpose."""
+    L, c = w.size(-1) - 1, u.size(2)
+    u, d = (v if v is None or c % 2 ** L == 0 else F.pad(v, (0, 0, 0, -c % 2 ** L)) for v in (u, d))
+    means = lambda v: [v.unflatten(2, (-1, 2 ** l)).mean(3, keepdim=True) for l in range(1, L + 1)]
+    x, of_u = (u, None) if d is None else (d, means(u))
+    y, of_x = x * w[..., :1], means(x)
+    for l, m in enumerate(of_x, 1):
+        y.unflatten(2, (-1, 2 ** l)).add_(m * w[..., None, l:l + 1])
+    if d is None:
+        return y[:, :, :c]
+    dw = [(d * u).sum((2, 3))] + [(m * n).sum((2, 3, 4)) * 2 ** l for l, (m, n) in enumerate(zip(of_x, of_u), 1)]
+    return y[:, :, :c], torch.stack(dw, -1)[:, :, None]
 
 
-def trailing_means(x, levels, delay=delayed):
-    """x (B, T, C) or (B, C) in a step -> [mean of the last 2^l tokens, l = 1..levels]: block_means for a decoder."""
-    half, out = x.new_full((1, 2), 0.5), []
+def trailing_bands(u, w, d=None):
+    """block_bands for a decoder: mean_l over the last 2^l tokens, and w (b, h, T, L+1) each token's own."""
+    means = [u]
+    for l in range(w.size(-1) - 1):
+        means += mix(u.new_full((1, 2), 0.5), *delayed(means[-1], 2 ** l))
+    y = (means[-1] if d is None else d) * w[..., -1:]
+    if d is None:
+        for l in range(len(means) - 1):
+            y.addcmul_(means[l], w[..., l:l + 1])
+        return y
+    for l in reversed(range(len(means) - 1)):                  # the transpose of a delay: an advance
+        y, late = 0.5 * y, y[:, :, 2 ** l:]
+        y[:, :, :late.size(2)].add_(late, alpha=0.5)
+        y.addcmul_(d, w[..., l:l + 1])
+    return y, torch.stack([(d * m).sum(-1) for m in means], -1)
+
+
+def trailing_means(x, levels, ring):
+    """The means of trailing_bands in a step: x (B, C) -> [x, the mean of the last 2 tokens, of 4, ..., of 2^levels]."""
+    half, out = x.new_full((1, 2), 0.5), [x]
     for l in range(levels):
-        x, = mix(half, *delay(x, 2 ** l))
-        out.append(x)
+        out += mix(half, *ring(out[-1], 2 ** l))
     return out
 
 
-def phi(x, R, kind, query=False):
-    """Positive random features of x (..., dh), R (dh, m) -> (..., m). relu: ReLU(x R), the arc-cosine kernel of order 1;
-    exp: exp(x R - |x|^2 / 2) / sqrt(m), whose mean over R is exp(q.k). Its exponent never passes |R|^2 / 2, so keys need
+def phi(x, R, kind, query=False, s=1.0):
+    """Positive random features of s x, x (..., dh), R (dh, m) -> (..., m). relu: ReLU(s x R), the arc-cosine kernel of order 1;
+    exp: exp(s x R - |s x|^2 / 2) / sqrt(m), whose mean over R is exp(s^2 q.k). Its exponent never passes |R|^2 / 2, so keys need
     no running maximum, which would leak; a query's own factor cancels, so its largest feature is set to 1 instead."""
-    u = x @ R
+    u = x @ (s * R)
     if kind == "relu":
         return u.relu_()
-    return u.sub_(u.amax(-1, keepdim=True).detach() if query else x.square().sum(-1, keepdim=True) / 2 + math.log(R.size(1)) / 2).exp_()
+    return u.sub_(u.amax(-1, keepdim=True).detach() if query else x.square().sum(-1, keepdim=True) * (s * s / 2) + math.log(R.size(1)) / 2).exp_()
 
 
-def phi_backward(x, R, kind, f, df, query=False):
+def phi_backward(x, R, kind, f, df, query=False, s=1.0):
     """Gradient of phi at x, given its value f and the gradient df that arrives there (overwritten)."""
-    df = torch.ops.aten.threshold_backward(df, f, 0) if kind == "relu" else df.mul_(f)
-    return df @ R.T if kind == "relu" or query else df @ R.T - x * df.sum(-1, keepdim=True)
+    df = torch.ops.aten.threshold_backward.grad_input(df, f, 0, grad_input=df) if kind == "relu" else df.mul_(f)
+    dx = df @ (s * R).T
+    return dx if kind == "relu" or query else dx - s * s * x * df.sum(-1, keepdim=True)
 
 
 def blocks(x, m, chunk=1):
-    """How to walk x (N, T, .) so that the features of a block stay in cache: slices of N, and slices of T in order, whole
-    chunks. Where one block holds all, its slices name no numbers, and one compiled graph serves every length."""
-    N, T = x.shape[:2]
-    room, most = (2 ** 20, 512) if x.device.type == "cpu" else (2 ** 25, min(max(128, 2 ** 22 // m), 1024))
+    """How to walk x (B, H, T, .) so that the features of a block stay in cache: pairs of slices of B and H, and slices of T
+    in order, whole chunks. Where one block holds all, they name no numbers, and one compiled graph serves every length."""
+    B, H, T = x.shape[:3]
+    room, most = (2 ** 20, min(max(512, 2 ** 20 // (H * m)), 1024)) if x.device.type == "cpu" else (2 ** 25, min(max(128, 2 ** 22 // m), 1024))
     most = max(most // chunk, 1) * chunk
-    if T <= most and N * T * m <= room:
-        return [slice(None)], [slice(None)]
+    if T <= most and B * H * T * m <= room:
+        return [(slice(None), slice(None))], [slice(None)]
     c = -(-T // (chunk * -(-T // most))) * chunk               # even slices
     n = max(1, room // (c * m))
-    return [slice(i, i + n) for i in range(0, N, n)], [slice(i, i + c) for i in range(0, T, c)]
+    b, h = max(1, n // H), min(n, H)
+    return [(slice(i, i + b), slice(j, j + h)) for i in range(0, B, b) for j in range(0, H, h)], [slice(i, i + c) for i in range(0, T, c)]
 
 
-def form(x, w, Z, R, kind, query, by):
-    """Derivatives of the form sum(w * phi(x) Z), x (N,T,dh), w (N,T,e), Z (N,m,e), by those of "xwZ" that by names, else None:
-    by w it is phi(x) Z, by Z it is phi(x)^T w. Features are made block by block, there is no n x m tensor in memory."""
-    dx = torch.empty_like(x) if "x" in by else None
-    dw = x.new_empty(*x.shape[:2], Z.size(-1)) if "w" in by else None
-    dZ = x.new_zeros(x.size(0), R.size(1), w.size(-1)) if "Z" in by else None
-    for n, t in product(*blocks(x, R.size(1))):
-        f = phi(x[n, t], R, kind, query)
-        if "w" in by:
-            dw[n, t] = f @ Z[n]
-        if "Z" in by:
-            dZ[n].baddbmm_(f.mT, w[n, t])
-        if "x" in by:
-            dx[n, t] = phi_backward(x[n, t], R, kind, f, w[n, t] @ Z[n].mT, query)
-    return dx, dw, dZ
+class Features:
+    """phi of x (B, H, T, dh) in float32, smoothed by its bands and turned to its places first: how = (kind, scale, causal) and
+    the tensors R (dh, m), W = turns(...) or None, w (B, H, T or 1, L+1) or None and real (B, T) or None say all of it. load and
+    unload pass over all of x at once; phi itself goes block by block."""
+
+    def __init__(self, how, R, W, w=None, real=None):
+        (self.kind, self.scale, self.causal), self.R, self.W, self.w = how, R, W, w
+        self.bands, self.real = trailing_bands if self.causal else block_bands, real
+
+    def load(self, x):
+        x = x.float() if self.real is None else x.float() * self.real[:, None, :, None]
+        return turn(x if self.w is None else self.bands(x, self.w), self.W)
+
+    def unload(self, x, d):                                    # d, the gradient at load(x) -> those at x and w
+        d, dw = turn(d, None if self.W is None else self.W.transpose(0, 1)), None
+        if self.w is not None:
+            d, dw = self.bands(x.float() if self.real is None else x.float() * self.real[:, None, :, None], self.w, d)
+        return d if self.real is None else d * self.real[:, None, :, None], dw
+
+    def walk(self, x):
+        """Pairs of slices of B and H, and slices of T."""
+        return blocks(x, self.R.size(1), chunk_of(x) if self.causal else 1)
+
+    def __call__(self, x, query=False):
+        return phi(x, self.R, self.kind, query, self.scale)
+
+    def backward(self, x, f, df, query=False):
+        return phi_backward(x, self.R, self.kind, f, df, query, self.scale)
+
+
+def ones(v, real, at):
+    """v[at] and a column of ones, which carries the denominator; padding is all zero."""
+    return unpadded(F.pad(v[at].float(), (0, 1), value=1.0), real, at)
+
+
+def unpadded(dv, real, at):
+    return dv if real is None else dv * real[at[0], None, at[2], None]
+
+
+def normalise(y):
+    """Sums (..., e + 1) -> numerator over denominator (..., e), the denominator (..., 1); 0 where nothing was seen."""
+    den = y[..., -1:] + 1e-6
+    return y[..., :-1] / den, den
+
+
+def normalise_backward(y, den, dy):
+    return torch.cat((dy, -(dy * y).sum(-1, keepdim=True)), -1) / den
+
+
+def beside(x, e=None, **kw):
+    """An empty tensor like x (B, H, T, e), in memory as (B, T, H, e)."""
+    B, H, T, dh = x.shape
+    return x.new_empty(B, T, H, e or dh, **kw).transpose(1, 2)
+
+
+def digest(phi, k, v):
+    """S = phi(k)^T [v, 1], k loaded, v (B,H,T,dh) -> (B,H,m,dh+1). Features are made block by block, in the backward again:
+    here and below there is no n x m tensor in memory."""
+    S = phi.R.new_zeros(*v.shape[:2], phi.R.size(1), v.size(-1) + 1)
+    for row, t in product(*phi.walk(k)):
+        S[row] += (ones(v, phi.real, (*row, t)).mT @ phi(k[(*row, t)])).mT                 # wide rows: a faster product than tall ones
+    return S
+
+
+def digest_backward(phi, k, v, dS, dv):                        # -> the gradient at k; writes dv
+    dk = torch.empty_like(k)
+    for row, t in product(*phi.walk(k)):
+        at, dS_row = (*row, t), dS[row]
+        f, u = phi(k[at]), ones(v, phi.real, at)
+        dv[at] = unpadded(f @ dS_row[..., :-1], phi.real, at)
+        dk[at] = phi.backward(k[at], f, u @ dS_row.mT)
+    return dk
+
+
+def read(phi, q, S, like):
+    """y = phi(q) S, numerator over denominator, q loaded (B,H,T,dh), S (B,H,m,e+1) -> (B,H,T,e), and the denominators."""
+    y, den = beside(like), beside(like, 1, dtype=S.dtype)
+    for row, t in product(*phi.walk(q)):
+        at = *row, t
+        y[at], den[at] = normalise(phi(q[at], True) @ S[row])
+    return y, den
+
+
+def read_backward(phi, q, S, y, den, dy):                      # -> the gradients at q and S
+    dq, dS = torch.empty_like(q), torch.zeros_like(S)
+    for row, t in product(*phi.walk(q)):
+        at = *row, t
+        f, dz = phi(q[at], True), normalise_backward(y[at].float(), den[at], dy[at].float())
+        dS[row] += (dz.mT @ f).mT
+        dq[at] = phi.backward(q[at], f, dz @ S[row].mT, True)
+    return dq, dS
+
+
+def chunk_of(x):                                               # tokens whose sums are taken as a triangle
+    return min(x.size(2), 32 if x.device.type == "cpu" else 128)
+
+
+def before(S, each):                                           # S before the first chunk, each chunk's own sum (b, h, n, m, e) -> S before each, S after all
+    S = torch.cat((S[:, :, None], each), 2).cumsum_(2)
+    return S[:, :, :-1], S[:, :, -1]
+
+
+def chunks(phi, at, q, k, v, *more):                           # (b, h, n, c, .): n chunks of c tokens
+    return [u.unflatten(2, (-1, chunk_of(q))) for u in (phi(q[at], True), phi(k[at]), ones(v, phi.real, at), *more)]
+
+
+def causal_read(phi, q, k, v):
+    """y_t = sum_{s <= t} (phi(q_t) . phi(k_s)) [v_s, 1], normalised, T a multiple of chunk_of(q) -> y, denominators: a triangle
+    within each chunk, and S, what all chunks before it add up to; the chunks of a block side by side."""
+    y, den = beside(v), beside(v, 1, dtype=phi.R.dtype)
+    rows, times = phi.walk(q)
+    for row in rows:
+        S = phi.R.new_zeros(*v[row].shape[:2], phi.R.size(1), v.size(-1) + 1)
+        for t in times:
+            at = *row, t
+            fq, fk, u = chunks(phi, at, q, k, v)
+            past, S = before(S, fk.mT @ u)
+            y[at], den[at] = normalise((fq @ past).add_((fq @ fk.mT).tril_() @ u).flatten(2, 3))
+    return y, den
+
+
+def causal_read_backward(phi, q, k, v, y, den, dy, dv):        # -> the gradients at q and k; writes dv
+    """Walks twice, forward in time for dq and backward in time for dk and dv, so that of S only one block's is ever kept."""
+    (rows, times), dq, dk = phi.walk(q), torch.empty_like(q), torch.empty_like(k)
+
+    def again(at):
+        fq, fk, u, dz = chunks(phi, at, q, k, v, normalise_backward(y[at].float(), den[at], dy[at].float()))
+        return fq, fk, u, dz, (dz @ u.mT).tril_()
+    for row in rows:
+        S = phi.R.new_zeros(*v[row].shape[:2], phi.R.size(1), v.size(-1) + 1)
+        dS = torch.zeros_like(S)
+        for t in times:
+            at = *row, t
+            fq, fk, u, dz, da = again(at)
+            past, S = before(S, fk.mT @ u)
+            dq[at] = phi.backward(q[at], fq.flatten(2, 3), (dz @ past.mT).add_(da @ fk).flatten(2, 3), True)
+        for t in reversed(times):
+            at = *row, t
+            if len(times) > 1:                                 # else they are still here
+                fq, fk, u, dz, da = again(at)
+            late, dS = before(dS, (fq.mT @ dz).flip(2))
+            late = late.flip(2)
+            dv[at] = unpadded((fk @ late[..., :-1]).add_((fq @ fk.mT).tril_().mT @ dz[..., :-1]).flatten(2, 3), phi.real, at)
+            dk[at] = phi.backward(k[at], fk.flatten(2, 3), (u @ late.mT).add_(da.mT @ fq).flatten(2, 3))
+    return dq, dk
 
 
 class Digest(torch.autograd.Function):
-    """S = phi(k)^T v, k (N,T,dh), v (N,T,e) -> (N,m,e): a source, or a sequence's own keys, reduced once."""
+    """digest(k, v), the rest as in Features: a source, reduced once."""
 
     @staticmethod
-    def forward(ctx, k, v, R, kind):
-        ctx.save_for_backward(k, v, R)
-        ctx.kind = kind
-        return form(k, v, None, R, kind, False, "Z")[2]
+    def forward(ctx, k, v, R, W, real, how):
+        ctx.save_for_backward(k, v, R, W, real)
+        ctx.how, phi = how, Features(how, R, W, None, real)
+        return digest(phi, phi.load(k), v)
 
     @staticmethod
     def backward(ctx, dS):
-        k, v, R = ctx.saved_tensors
-        dk, dv, _ = form(k, v, dS, R, ctx.kind, False, "xw")
-        return dk, dv, None, None
+        k, v, R, W, real = ctx.saved_tensors
+        phi, dv = Features(ctx.how, R, W, None, real), beside(v)
+        dk, _ = phi.unload(k, digest_backward(phi, phi.load(k), v, dS, dv))
+        return dk.to(k.dtype), dv, None, None, None, None
 
 
 class Read(torch.autograd.Function):
-    """y = phi(q) S, q (N,T,dh), S (N,m,e) -> (N,T,e)."""
+    """read(q, S)."""
 
     @staticmethod
-    def forward(ctx, q, S, R, kind):
-        ctx.save_for_backward(q, S, R)
-        ctx.kind = kind
-        return form(q, None, S, R, kind, True, "w")[1]
-
-    @staticmethod
-    def backward(ctx, dy):
-        q, S, R = ctx.saved_tensors
-        dq, _, dS = form(q, dy, S, R, ctx.kind, True, "xZ")
-        return dq, dS, None, None
-
-
-class CausalRead(torch.autograd.Function):
-    """y_t = sum_{s <= t} (phi(q_t) . phi(k_s)) v_s, q, k (N,T,dh), v (N,T,e), T a multiple of chunk(q): a triangle within
-    each chunk, and S, what all chunks before it add up to; the chunks of a block side by side. The backward walks twice,
-    forward in time for dq and backward in time for dk and dv, so that of S only one block's is ever kept."""
-
-    @staticmethod
-    def parts(kind, n, t, q, k, v, R):                         # fq, fk (n, b, c, m), v (n, b, c, e): b chunks of c tokens
-        c = CausalRead.chunk(q)
-        return [u.unflatten(1, (-1, c)) for u in (phi(q[n, t], R, kind, True), phi(k[n, t], R, kind), v[n, t])]
-
-    @staticmethod
-    def chunk(q):
-        return min(q.size(1), 32 if q.device.type == "cpu" else 128)
-
-    @staticmethod
-    def before(S, each):                                       # S before the first chunk, each chunk's own sum (n, b, m, e) -> S before each, S after all
-        S = torch.cat((S[:, None], each), 1).cumsum_(1)
-        return S[:, :-1], S[:, -1]
-
-    @staticmethod
-    def forward(ctx, q, k, v, R, kind):
-        ctx.save_for_backward(q, k, v, R)
-        ctx.kind, y = kind, torch.empty_like(v)
-        rows, times = blocks(q, R.size(1), CausalRead.chunk(q))
-        for n in rows:
-            S = v.new_zeros(*v[n, :1, 0].shape[:1], R.size(1), v.size(-1))
-            for t in times:
-                fq, fk, u = CausalRead.parts(kind, n, t, q, k, v, R)
-                past, S = CausalRead.before(S, fk.mT @ u)
-                y[n, t] = (fq @ past).add_((fq @ fk.mT).tril_() @ u).flatten(1, 2)
+    def forward(ctx, q, S, R, W, how):
+        phi = Features(how, R, W)
+        y, den = read(phi, phi.load(q), S, q)
+        ctx.save_for_backward(q, S, R, W, y, den)
+        ctx.how = how
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (q, k, v, R), kind = ctx.saved_tensors, ctx.kind
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        rows, times = blocks(q, R.size(1), CausalRead.chunk(q))
-
-        def again(n, t):
-            fq, fk, u = CausalRead.parts(kind, n, t, q, k, v, R)
-            dz = dy[n, t].unflatten(1, (-1, u.size(2)))
-            return fq, fk, u, dz, (dz @ u.mT).tril_()
-        for n in rows:
-            S = v.new_zeros(*v[n, :1, 0].shape[:1], R.size(1), v.size(-1))
-            dS = torch.zeros_like(S)
-            for t in times:
-                fq, fk, u, dz, da = again(n, t)
-                past, S = CausalRead.before(S, fk.mT @ u)
-                df = (dz @ past.mT).add_(da @ fk).flatten(1, 2)
-                dq[n, t] = phi_backward(q[n, t], R, kind, fq.flatten(1, 2), df, True)
-            for t in reversed(times):
-                if len(times) > 1:                             # else they are still here
-                    fq, fk, u, dz, da = again(n, t)
-                late, dS = CausalRead.before(dS, (fq.mT @ dz).flip(1))
-                late = late.flip(1)
-                dv[n, t] = (fk @ late).add_((fq @ fk.mT).tril_().mT @ dz).flatten(1, 2)
-                df = (u @ late.mT).add_(da.mT @ fq).flatten(1, 2)
-                dk[n, t] = phi_backward(k[n, t], R, kind, fk.flatten(1, 2), df)
-        return dq, dk, dv, None, None
+        q, S, R, W, y, den = ctx.saved_tensors
+        phi = Features(ctx.how, R, W)
+        dq, dS = read_backward(phi, phi.load(q), S, y, den, dy)
+        return phi.unload(q, dq)[0].to(q.dtype), dS, None, None, None
 
 
-def causal_read(q, k, v, R, kind):
-    """CausalRead for any T: padding behind the end, which no token sees, up to whole chunks."""
-    more, T = -q.size(1) % CausalRead.chunk(q), q.size(1)
-    return CausalRead.apply(*(F.pad(u, (0, 0, 0, more)) if more else u for u in (q, k, v)), R, kind)[:, :T]
+class ReadSelf(torch.autograd.Function):
+    """A sequence reading itself, all of it or causally: qkv (B,T,3,H,dh), the rest as in Features -> (B,H,T,dh)."""
+
+    @staticmethod
+    def forward(ctx, qkv, R, W, w, real, how):
+        phi, (q, k, v) = Features(how, R, W, w, real), qkv.transpose(1, 3).unbind(2)
+        S = None if phi.causal else digest(phi, phi.load(k), v)
+        y, den = causal_read(phi, phi.load(q), phi.load(k), v) if phi.causal else read(phi, phi.load(q), S, q)
+        ctx.save_for_backward(qkv, S, R, W, w, real, y, den)
+        ctx.how = how
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        qkv, S, R, W, w, real, y, den = ctx.saved_tensors
+        phi, dqkv = Features(ctx.how, R, W, w, real), torch.empty_like(qkv)
+        (q, k, v), (dq, dk, dv) = (u.transpose(1, 3).unbind(2) for u in (qkv, dqkv))
+        if phi.causal:
+            d = causal_read_backward(phi, phi.load(q), phi.load(k), v, y, den, dy, dv)
+        else:
+            d_q, dS = read_backward(phi, phi.load(q), S, y, den, dy)
+            d = d_q, digest_backward(phi, phi.load(k), v, dS, dv)
+        (of_q, dw), (of_k, dw_k) = phi.unload(q, d[0]), phi.unload(k, d[1])
+        dq.copy_(of_q), dk.copy_(of_k)
+        return dqkv, None, None, None if w is None else dw + dw_k, None, None
+
+
+def read_self(qkv, R, W, w, real, how):
+    """ReadSelf for any T: a decoder's is padded behind its end, which no token sees, up to whole chunks."""
+    T = qkv.size(1)
+    more = -T % chunk_of(qkv.transpose(1, 3)[:, :, 0]) if how[-1] else 0
+    if more:
+        qkv, (W, w) = F.pad(qkv, (0,) * 7 + (more,)), (None if u is None else F.pad(u, (0, 0, 0, more)) for u in (W, w))
+        real = None if real is None else F.pad(real, (0, more))
+    return ReadSelf.apply(qkv, R, W, w, real, how)[:, :, :T]
 
 
 class Wersa(Attention):
@@ -921,55 +1060,31 @@ class Wersa(Attention):
             self.filter = nn.Sequential(nn.Linear(cfg.n_embd, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                                         nn.Linear(64, cfg.n_head * (self.L + 1)), nn.Sigmoid()) if cfg.wersa_adaptive else None
 
-    def gains(self, q):
-        """mean queries (..., C) -> (..., 1, H, 1, L+1), to scale (..., 2, H, dh)."""
-        g = self.scale if self.filter is None else self.scale * self.filter(q).unflatten(-1, (self.n_head, -1))
-        return g[..., None, :, None, :]
+    def weights(self, mean):
+        """Mean inputs (B, T or 1, C) -> w (B, H, T or 1, L+1) of the block means: differences of the gains that the mean queries call for."""
+        C = mean.size(-1)
+        q = F.linear(mean, self.c_attn.weight[:C], None if self.c_attn.bias is None else self.c_attn.bias[:C])
+        g = self.scale.expand(*q.shape[:2], -1, -1) if self.filter is None else self.scale * self.filter(q).unflatten(-1, (self.n_head, -1))
+        g = g.float().transpose(1, 2)
+        return torch.cat((g[..., :1], g.diff(dim=-1)), -1)
 
-    def wavelet(self, qk, means, g):
-        """qk and its means (..., 2, H, dh), gains g: what DWT, scaling each band, and IDWT come to."""
-        out = g[..., 0] * qk
-        for l, mean in enumerate(means):
-            out = torch.addcmul(out, g[..., l + 1] - g[..., l], mean.view_as(qk))
-        return out
-
-    def scaled(self, x):
-        """(B, H, T, dh) -> (B H, T, dh) float32, with the factors that phi leaves out: beta, and sqrt(m) or dh^(1/4)."""
+    @property
+    def how(self):
+        """What Features wants to know: the kind, the factors that phi leaves out (beta, and sqrt(m) or dh^(1/4)), causal or not."""
         dh, m = self.R.shape
-        return (x.float() / (self.beta * (dh ** 0.25 if self.map == "exp" else m ** 0.5))).flatten(0, 1).contiguous()
+        return self.map, 1 / (self.beta * (dh ** 0.25 if self.map == "exp" else m ** 0.5)), self.causal
 
-    def ones(self, v, mask=None):
-        """(B, H, T, dh) -> (B H, T, dh + 1) float32: a column of ones carries the denominator; padding is all zero."""
-        v = F.pad(v.float(), (0, 1), value=1.0)
-        return (v if mask is None else v * mask[:, None, :, None]).flatten(0, 1)
-
-    def ratio_of(self, y, like):
-        """sums (B H, T, dh + 1) -> (B, H, T, dh): numerator over denominator; 0 where nothing was seen."""
-        y = y[..., :-1] / (y[..., -1:] + 1e-6)
-        return y.unflatten(0, (-1, self.n_head)).to(like.dtype)
-
-    def attend(self, q, k, v, R):                              # sums over what each token may see, unnormalised
-        return causal_read(q, k, v, R, self.map) if self.causal else Read.apply(q, Digest.apply(k, v, R, self.map), R, self.map)
+    attend = staticmethod(read_self)
 
     def forward(self, x, mask=None, pos=0):
-        qk, v = self.c_attn(x).split([2 * x.size(-1), x.size(-1)], -1)
-        if mask is not None:
-            qk = qk * mask[..., None]
+        qkv, w = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)), None                  # (B, T, 3, H, dh)
         if self.L:
-            q, n = qk.chunk(2, -1)[0].float(), torch.ones_like(x[..., :1], dtype=torch.float32) if mask is None else mask[..., None].float()
-            if self.causal:
-                mean, means = q.cumsum(1) / n.cumsum(1).clamp(min=1), trailing_means(qk, self.L)
-            else:
-                mean, means = q.sum(1, keepdim=True) / n.sum(1, keepdim=True).clamp(min=1), block_means(qk, self.L)
-        qk = qk.unflatten(-1, (2, self.n_head, -1))                                        # (B, T, 2, H, dh)
-        if self.L:
-            qk = self.wavelet(qk, means, self.gains(mean.to(x.dtype)))
-        q, k = (u.transpose(1, 2) for u in qk.unbind(2))                                   # (B, H, T, dh)
-        q, k = self.rotate(q, k, pos)
+            n = x.new_ones(1, x.size(1), 1, dtype=torch.float32) if mask is None else mask[..., None].float()
+            total = torch.cumsum if self.causal else partial(torch.sum, keepdim=True)
+            w = self.weights((total(x.float() * n, 1) / total(n, 1).clamp(min=1)).to(x.dtype))
         with torch.autocast(x.device.type, enabled=False):
-            q, k, u, R = self.scaled(q), self.scaled(k), self.ones(self.heads(v), mask), self.R.float()
-            y = self.attend(q, k, u, R)
-        return self.out(self.ratio_of(y, v))
+            y = self.attend(qkv, self.R.float(), self.turns(qkv[:, :, 0].transpose(1, 2), pos), w, mask, self.how)
+        return self.out(y)
 
     def init_state(self, batch_size, device=None, dtype=None):
         H, (dh, m) = self.n_head, self.R.shape
@@ -980,17 +1095,17 @@ class Wersa(Attention):
     def step(self, x_t, state, pos=None):
         t, S, total, past = state
         qk, v = self.c_attn(x_t).split([2 * x_t.size(-1), x_t.size(-1)], -1)
-        total = total + qk.chunk(2, -1)[0].float()
-        means, qk = trailing_means(qk, self.L, Ring(past, t)), qk.unflatten(-1, (2, self.n_head, -1))
+        total = total + x_t.float()
         if self.L:
-            qk = self.wavelet(qk, means, self.gains((total / (t + 1)).to(x_t.dtype)))
-        q, k = (u[:, :, None] for u in qk.unbind(1))                                       # (B, H, 1, dh)
-        q, k = self.rotate(q, k, t if pos is None else pos)
+            w = self.weights((total / (t + 1)).to(x_t.dtype)[:, None])                     # (B, H, 1, L+1)
+            means = torch.stack(trailing_means(qk, self.L, Ring(past, t)), -1).unflatten(1, (2, self.n_head, -1))
+            qk = (means * w[:, None]).sum(-1)                                              # (B, 2, H, dh)
+        q, k = qk.view(-1, 2, self.n_head, 1, x_t.size(-1) // self.n_head).unbind(1)       # (B, H, 1, dh)
         with torch.autocast(x_t.device.type, enabled=False):
-            R = self.R.float()
-            S = S + (phi(self.scaled(k), R, self.map).mT @ self.ones(self.heads(v[:, None]))).unflatten(0, (-1, self.n_head))
-            y = phi(self.scaled(q), R, self.map, True) @ S.flatten(0, 1)
-        return self.out(self.ratio_of(y, v))[:, 0], (t + 1, S, total, past)
+            phi = Features(self.how, self.R.float(), self.turns(q, t if pos is None else pos))
+            S = S + phi(phi.load(k)).mT @ ones(self.heads(v[:, None]), None, (slice(None),) * 3)
+            y, _ = normalise(phi(phi.load(q), True) @ S)
+        return self.out(y.to(v.dtype))[:, 0], (t + 1, S, total, past)
 
 
 def random_features(dh, m, orthogonal=False):
@@ -1033,20 +1148,22 @@ class CrossAttention(Attention):
         bias = self.c_attn.bias
         return F.linear(x, self.c_attn.weight[rows], None if bias is None else bias[rows])
 
-    def queries(self, x, t=None):
+    def queries(self, x, t=0):
+        """q (B, H, T, dh) of x (B, T, C), and what turns it to its places in the source."""
         q = self.heads(self.part(x, slice(0, x.size(-1))))
-        return rope(q, torch.arange(t, t + x.size(1), device=x.device) * self.ratio) if self.rope and t is not None else q
+        return q, self.turns(q, torch.arange(t, t + x.size(1), device=x.device) * self.ratio)
 
     def keys_values(self, memory):
         k, v = (self.heads(u) for u in self.part(memory, slice(memory.size(-1), None)).chunk(2, -1))
-        return rope(k, 0) if self.rope else k, v
+        return k, v, self.turns(k, 0)
 
     def init_state(self, memory, mask=None):
-        return *self.keys_values(memory), mask
+        k, v, W = self.keys_values(memory)
+        return turn(k, W), v, mask
 
     def read(self, x, state, t):
         k, v, mask = state
-        return self.out(sdpa(self.queries(x, t), k, v, mask, False, self.dropout if self.training else 0.0))
+        return self.out(sdpa(turn(*self.queries(x, t)), k, v, mask, False, self.dropout if self.training else 0.0))
 
 
 class CrossWersa(CrossAttention, Wersa):
@@ -1057,16 +1174,15 @@ class CrossWersa(CrossAttention, Wersa):
         super().__init__(replace(cfg, wersa_levels=0))
 
     def init_state(self, memory, mask=None):
-        k, v = self.keys_values(memory)
+        k, v, W = self.keys_values(memory)
         with torch.autocast(memory.device.type, enabled=False):
-            S = Digest.apply(self.scaled(k), self.ones(v, mask), self.R.float(), self.map)
-            return (S.unflatten(0, (-1, self.n_head)),)                                    # (B, H, m, dh + 1)
+            return (Digest.apply(k, v, self.R.float(), W, mask, self.how),)                # (B, H, m, dh + 1)
 
     def read(self, x, state, t):
-        q = self.queries(x, t)
+        q, W = self.queries(x, t)
         with torch.autocast(x.device.type, enabled=False):
-            y = Read.apply(self.scaled(q), state[0].flatten(0, 1), self.R.float(), self.map)
-        return self.out(self.ratio_of(y, q))
+            y = Read.apply(q, *state, self.R.float(), W, self.how)
+        return self.out(y)
 
 
 class Aligned(CrossAttention):
@@ -1121,7 +1237,7 @@ class Aligned(CrossAttention):
         logits = self.place(x).unflatten(-1, (self.n_head, -1)).transpose(2, 3)            # (B, T/c, H, c, slots)
         logits = logits.gather(-1, slots.clamp(min=0).expand(-1, -1, self.n_head, -1, -1))
         if self.content:
-            q = self.queries(x.flatten(1, 2)).unflatten(2, (-1, c)).transpose(1, 2)        # (B, T/c, H, c, dh)
+            q = self.queries(x.flatten(1, 2))[0].unflatten(2, (-1, c)).transpose(1, 2)        # (B, T/c, H, c, dh)
             logits = logits + q @ kv[:, :, :, 0].mT / math.sqrt(q.size(-1))
         weights = logits.float().masked_fill(~seen, -1e9).softmax(-1).to(kv.dtype)
         y = (weights @ kv[:, :, :, -1]).transpose(2, 3)                                    # (B, T/c, c, H, dh)
