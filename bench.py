@@ -154,6 +154,7 @@ SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest 
     "haar, no projection": ("core", False, "copy", {}, 8192),
     "copy": ("copy", False, "copy", {}, 8192),
 }
+STORED = {"flash SDPA": "softmax, matrix stored", "flash SDPA causal": "softmax causal, matrix stored"}
 CLAIMS = [  # (what, against, T, mode, median or memory): the ratios that people ask for first
     ("wersa m=1024", "flash SDPA", 8192, "forward and backward", "median"),
     ("wersa m=1024", "wersa m=1024, features stored", 8192, "forward and backward", "median"),
@@ -207,6 +208,8 @@ def cell(job):
             for _ in range(64):
                 _, state = m.step(x, state)
             sync(), seconds.append((time.perf_counter() - began) / 64)
+            if sum(seconds) > 0.01:                            # a cache so long that its speed is not in question
+                break
         return {mode: dict(seconds=seconds, memory=None)}
     x = torch.randn(card["batch"], T, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"]), requires_grad=True)
     dy, run, found = torch.randn_like(x), torch.compile(m) if card["compile"] else m, {}
@@ -233,8 +236,8 @@ def cell(job):
                 memory = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
             if not back and first > 4:                         # so long that its speed is not in question
                 break
-            seconds = [first] if first > 8 else []
-            while first <= 8 and len(seconds) < 200 and (len(seconds) < 3 or sum(seconds) < card["budget"]) and sum(seconds) < 4:
+            seconds = [first] if first > 3 else []
+            while first <= 3 and len(seconds) < 200 and (len(seconds) < 3 or sum(seconds) < card["budget"]) and sum(seconds) < 4:
                 sync(), (began := time.perf_counter())
                 once(back), sync(), seconds.append(time.perf_counter() - began)
             found[mode] = dict(seconds=seconds, memory=memory if back else None)
@@ -256,7 +259,7 @@ def promises(kind, causal, flags, card):
 def speed(args):
     cuda = torch.cuda.is_available()
     card = dict(device="cuda" if cuda else "cpu", name=torch.cuda.get_device_name() if cuda else cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__,
-                dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.3)
+                dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.2)
     lengths = [int(t) for t in args.lengths.split(",")] if args.lengths else [2**i for i in (range(10, 18) if cuda else (9, 10, 11, 12, 13, 15))]
     wanted = [name for name in SPEED if not args.only or args.only in name]
     arms = {name: arm for name, arm in SPEED.items() if name in wanted or name in {SPEED[w][2] for w in wanted}}
@@ -319,27 +322,28 @@ def speed_tables(result):
     at = {(c["arm"], c["T"], c["mode"]): c for c in result["cells"]}
     lengths, names = sorted({c["T"] for c in result["cells"] if c["mode"] != "decode"}), list(dict.fromkeys(c["arm"] for c in result["cells"]))
 
-    def ratio(name, T, mode, key, base):
-        c, b = at.get((name, T, mode)), at.get((base, T, mode))
-        return "" if not c else "out of memory" if not c["n"] else "" if not b or not b[key] or not c[key] else b[key] / c[key]
+    def ratios(name, T, mode, key):                            # ", 3.10x (9.21x)": against its base, and against softmax
+        base, c = SPEED[name][2], at.get((name, T, mode))
+        found = [c and b and b[key] and c[key] and b[key] / c[key] for b in (at.get((other, T, mode)) for other in (base, STORED.get(base)))]
+        return (f", {found[0]:.2f}x" if found[0] and name != base else "") + (f" ({found[1]:.2f}x)" if found[1] and name != STORED[base] else "")
     for mode in MODES:
-        yield f"\n{mode}: ms (p20-p80), times faster than what it is compared with\n"
+        yield f"\n{mode}: ms (p20-p80), times faster than what it is compared with (and than softmax that stores its matrix)\n"
         yield "| | compared with | " + " | ".join(f"T={T:,}" for T in lengths) + " |"
         yield "|---|---|" + "---|" * len(lengths)
         for name in names:
             base, row = SPEED[name][2], []
             for T in lengths:
-                c, r = at.get((name, T, mode)), ratio(name, T, mode, "median", SPEED[name][2])
-                row.append("" if not c else r if r == "out of memory" else f"{c['median'] * 1e3:.2f} ({c['p20'] * 1e3:.2f}-{c['p80'] * 1e3:.2f})" + (f", {r:.2f}x" if r and name != base else ""))
+                c, r = at.get((name, T, mode)), ratios(name, T, mode, "median")
+                row.append("" if not c else "out of memory" if not c["n"] else f"{c['median'] * 1e3:.2f} ({c['p20'] * 1e3:.2f}-{c['p80'] * 1e3:.2f}){r}")
             yield f"| {name} | {base if base != name else '-'} | " + " | ".join(row) + " |"
-    yield "\nforward and backward: peak memory over module and input, MiB (times less than what it is compared with)\n"
+    yield "\nforward and backward: peak memory over module and input, MiB, times less than the same\n"
     yield "| | " + " | ".join(f"T={T:,}" for T in lengths) + " |"
     yield "|---|" + "---|" * len(lengths)
     for name in names:
-        base, row = SPEED[name][2], []
+        row = []
         for T in lengths:
-            c, r = at.get((name, T, "forward and backward")), ratio(name, T, "forward and backward", "memory", SPEED[name][2])
-            row.append("" if not c else r if r == "out of memory" else f"{c['memory'] / 2**20:.1f}" + (f" ({r:.2f}x)" if r and name != base else ""))
+            c, r = at.get((name, T, "forward and backward")), ratios(name, T, "forward and backward", "memory")
+            row.append("" if not c else "out of memory" if not c["n"] else f"{c['memory'] / 2**20:.1f}{r}")
         yield f"| {name} | " + " | ".join(row) + " |"
     yield "\n| | faster from T= | less memory from T= | exponent of time | of memory |\n|---|---|---|---|---|"
     for name in names:
