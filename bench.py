@@ -477,7 +477,7 @@ WAVSPA = {
     "control: convolution, then attention": ["--mixer=wavspa", "--wavelet_params=conv"],
 }
 for name, base in (("listops", LISTOPS), ("lego", LEGO)):
-    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(1e-3, 3e-3), base=base, arms=WAVSPA, prepare=SHORT)
+    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(2e-3,), base=base, arms=WAVSPA, prepare=SHORT)
 WERSA = {
     "attention": ["--mixer=attention"],
     "haar": ["--mixer=haar", "--n_embd=72"],

@@ -75,17 +75,17 @@ class ModelConfig:
     def __post_init__(self):
         for name, known in CHOICES.items():
             check(getattr(self, name) in known, f"--{name}={getattr(self, name)} is unknown, use one of: {' '.join(known)}")
-        for name in ("vocab_size", "block_size", "n_classes", "n_layer", "n_head", "n_embd"):
-            check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
+        for name, most in dict(vocab_size=2**24, block_size=2**24, n_classes=2**20, n_layer=1024, n_head=2**16, n_embd=2**16, n_features=2**20, pad_id=2**24).items():
+            low = int(name not in ("n_features", "pad_id"))    # --n_features=0 stands for 4 * n_embd / n_head
+            check(low <= getattr(self, name) <= most, f"--{name}={getattr(self, name)} must lie in {low}..{most}")
         for name in ("levels", "wersa_levels"):
             v, most = getattr(self, name), max(1, math.ceil(math.log2(self.block_size)))
             check(0 <= v <= most, f"--{name}={v} must lie in 0..{most}: 2^{name} may not pass --block_size={self.block_size} by more than padding")
         check(self.n_embd % self.n_head == 0, f"--n_embd={self.n_embd} must be divisible by --n_head={self.n_head}")
         check(0 <= self.dropout < 1, f"--dropout={self.dropout} must lie in [0, 1)")
         check(0 <= self.label_smoothing < 1, f"--label_smoothing={self.label_smoothing} must lie in [0, 1)")
-        check(self.n_features >= 0, f"--n_features={self.n_features} must be at least 1 (or 0 for 4 * n_embd / n_head)")
-        check(self.beta > 0, f"--beta={self.beta} must be above 0")
-        check(self.cross_ratio > 0, f"--cross_ratio={self.cross_ratio} must be above 0")
+        for name in ("beta", "cross_ratio"):
+            check(0 < getattr(self, name) <= 1e6, f"--{name}={getattr(self, name)} must lie above 0, up to 1e6")
         for flag, whole in (("mixer", "fourier"), ("inner", "fourier"), ("wavelet_params", "conv")):
             check(getattr(self, flag) != whole or self.arch == "encoder", f"--{flag}={whole} has no causal form: use --arch=encoder, not {self.arch}")
 
@@ -133,7 +133,7 @@ def _daubechies(n):
             angles.append(mp.atan2(h[-1], h[0]))
             g = [-u if m % 2 else u for m, u in enumerate(reversed(h))]
             h = [mp.cos(angles[-1]) * u + mp.sin(angles[-1]) * w for u, w in zip(h, g)][:-2]
-        return torch.tensor(taps, dtype=torch.float64), torch.tensor([float(u) for u in angles[::-1]], dtype=torch.float64)
+        return [torch.tensor(u, dtype=torch.float64, device="cpu") for u in (taps, [float(a) for a in angles[::-1]])]
 
 
 def daubechies(n):

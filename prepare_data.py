@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,7 +42,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-FORMAT = 2
+FORMAT = 3
 PAD, BOS, EOS, N_SPECIAL = 0, 1, 2, 3
 # GPT-4's way of cutting text into words before any merge, but with digits in pairs
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
@@ -663,31 +664,61 @@ DATASETS = {"numbers": numbers, "multi30k": multi30k, "wmt16": wmt16, "text": te
 
 # ---- what train.py and sample.py import ----
 
+def crc32(path):
+    """Checksum of a file, a block at a time."""
+    value = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
+
+def checksum(meta):
+    """Of all of meta.json but itself."""
+    return zlib.crc32(json.dumps({key: value for key, value in meta.items() if key != "checksum"}, sort_keys=True).encode())
+
+def plausible(meta):
+    """Whether train.py may trust what a well-formed meta.json claims, whoever wrote it."""
+    kinds = dict(name=str, arch=str, metric=str, dtype=str, vocab_size=int, block_size=int, tokenizer=dict, splits=dict, files=dict, skipped=dict, seconds=(int, float))
+    splits = [meta["splits"][s] for s in {"train", "val", "test"} | meta["splits"].keys()]
+    return (all(isinstance(meta[key], kind) for key, kind in kinds.items()) and meta["arch"] in ("encdec", "encoder", "decoder")
+            and meta["metric"] in ("exact", "bleu", "bpb", "acc") and meta["dtype"] in ("uint16", "uint32") and 1 <= meta["block_size"] <= 2**24
+            and meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size and (meta["arch"] != "encoder" or 1 <= meta["n_classes"] == len(meta["classes"]))
+            and all(s["rows"] >= 1 and np.min(s["tokens"]) >= 1 and np.max(s["longest"]) >= 0 and dict(s["trivial"]) for s in splits))
+
 def load_meta(folder):
+    """meta.json of a data set whose files are all there and unchanged, by size and checksum."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] == FORMAT:
-            there = {p.name: p.stat().st_size for p in folder.iterdir()}
-            bad = [file for file, size in meta["files"].items() if there.get(file) != size]
-            if not bad:
-                return meta
-            why = f"is damaged, {bad[0]} is missing or has a wrong size"
+            there, why = {p.name: p.stat().st_size for p in folder.iterdir()}, "has a damaged meta.json"
+            if meta["checksum"] == checksum(meta) and plausible(meta):
+                short = [file for file, (size, _) in meta["files"].items() if there.get(file) != size]
+                wrong = short or [file for file, (_, crc) in meta["files"].items() if crc32(folder / file) != crc]
+                if not wrong:
+                    return meta
+                why = f"is damaged, {wrong[0]} " + ("is missing or has a wrong size" if short else "has changed since it was written")
         else:
             why = f"has format {meta['format']} and this code reads {FORMAT}"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         why = "holds no data set"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as e:
+        why = f"cannot be read ({e.strerror})"
+    except Exception:  # as many as there are ways to be no meta.json
         why = "has a damaged meta.json"
     raise SystemExit(f"{folder} {why}: make it anew with python prepare_data.py --dataset={folder.name} "
                      f"--data_dir={folder.parent} --force")
 
-def read_ragged(folder, stem, dtype):
+def read_ragged(folder, stem, dtype, vocab_size=2**32):
     """Tokens and offsets, so that row i is tokens[offsets[i]:offsets[i + 1]]; a stream without .idx is one row."""
     path = Path(folder) / stem
     tokens = np.memmap(f"{path}.bin", dtype=dtype, mode="r")
-    has_rows = os.path.exists(f"{path}.idx")
-    return tokens, np.memmap(f"{path}.idx", dtype=np.int64, mode="r") if has_rows else np.array([0, len(tokens)])
+    idx = np.memmap(f"{path}.idx", dtype=np.int64, mode="r") if os.path.exists(f"{path}.idx") else np.array([0, len(tokens)])
+    if idx[0] != 0 or idx[-1] != len(tokens) or (np.diff(idx) < 0).any():
+        raise SystemExit(f"{path}.idx does not say where the rows of {path}.bin begin: prepare the data set again")
+    if tokens.max() >= vocab_size:
+        raise SystemExit(f"{path}.bin has the id {tokens.max()}, beyond its vocabulary of {vocab_size}: prepare the data set again")
+    return tokens, idx
 
 def fingerprint(source):
     """sha256 over the source files, so that an edited file counts as another source."""
@@ -708,7 +739,7 @@ def prepare(name, data_dir="data", force=False, exact=False, source=None, **flag
     given = {key: value for key, value in dict(flags, source=source).items() if value is not None}
     options = {key: p.default for key, p in inspect.signature(DATASETS[name]).parameters.items() if key != "out"}
     for key in given.keys() - options.keys() - {"seed"}:
-        raise SystemExit(f"{name} takes no --{key}, only " + ", ".join(f"--{known}" for known in options))
+        raise SystemExit(f"--{key} is no flag of {name}, which takes " + ", ".join(f"--{known}" for known in options))
     for key, value in given.items():
         if isinstance(value, int) and value < (key not in ("seed", "min_len")):
             raise SystemExit(f"--{key}={value} must be at least {int(key not in ('seed', 'min_len'))}")
@@ -743,10 +774,12 @@ def prepare(name, data_dir="data", force=False, exact=False, source=None, **flag
         started = time.time()
         meta = {"format": FORMAT, "name": name, "note": "", **DATASETS[name](tmp, **options), "settings": settings,
                 "seconds": round(time.time() - started, 1),
-                "files": {p.name: p.stat().st_size for p in sorted(tmp.iterdir())},
+                "files": {p.name: [p.stat().st_size, crc32(p)] for p in sorted(tmp.iterdir())},
                 "created_by": "python " + shlex.join(sys.argv)}
         meta["tokenizer"] = meta.pop("tokenizer", None)  # last, because a BPE fills thousands of lines
-        (tmp / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        meta = json.loads(json.dumps(meta))
+        with replacing(tmp / "meta.json") as f:
+            json.dump(meta | {"checksum": checksum(meta)}, f, indent=1)
         if folder.exists():
             folder.rename(f"{tmp}-old")
         tmp.rename(folder)
@@ -763,23 +796,37 @@ def unknown(kind, word, known):
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
     return f"unknown {kind} {word}: did you mean {near}?"
 
+def stopped(kind, e, trace):
+    """Ctrl-C ends in one word and the exit code of a signal."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, e, trace)
+    print("stopped", file=sys.stderr, flush=True)
+    os._exit(130)
+
 class Parser(argparse.ArgumentParser):
     """argparse with one line a mistake: the nearest known flag, no abbreviations; --flag, --flag=0 and --flag=False."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.to = self
-        sys.excepthook = lambda kind, *rest: (print("stopped", file=sys.stderr) if kind is KeyboardInterrupt
-                                              else sys.__excepthook__(kind, *rest))
+        sys.excepthook = stopped
 
     def section(self, title):
         self.to = self.add_argument_group(title)
 
-    def add(self, flag, type=str, help="", **kw):
+    def add(self, flag, type=str, help="", low=None, high=None, **kw):
+        """A flag, its type, and the numbers that it takes, low..high."""
         if type is bool:
             words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
             kw.update(nargs="?", const=True, metavar="BOOL")
             type = lambda s: words[s.lower()] if s.lower() in words else self.error(f"{flag}={s} must be True or False")
+        elif low is not None:
+            word, kind = "number" if type is float else "whole number", type
+            def type(s):
+                with contextlib.suppress(ValueError):
+                    if low <= kind(s) <= high:
+                        return kind(s)
+                self.error(f"{flag}={s} must be a {word} from {low:g} to {high:g}")
         shown = "" if kw.get("default") is None else f" [{kw['default']}]"
         self.to.add_argument(flag, type=type, help=(help + shown).replace("%", "%%") or " ", **kw)
 
@@ -794,7 +841,7 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**{k: self.get_default(k) if v is unset else v for k, v in vars(args).items()})
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: " + " ".join(message.split()) + "\n")
 
 def summary(folder, meta, seconds):
     both = lambda x: " + ".join(f"{n:,}" for n in (x if isinstance(x, list) else [x]))
@@ -819,14 +866,14 @@ def main():
     parser.add("--dataset", default="numbers", help=", ".join(DATASETS))
     parser.add("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
-    parser.add("--vocab_size", type=int, help="ids of the trained BPE, special ones included")
-    parser.add("--tokenizer", help="for text and arxiv: gpt2 (default) or bytes")
-    parser.add("--rows", type=int, help="use only so many training rows")
-    parser.add("--seed", type=int, help="for what is drawn or shuffled, 1337 by default")
-    for flag, what in dict(min_len="listops: a row is longer than this many tokens; arxiv: a document has at least as many", max_len="listops: and shorter than this",
+    parser.add("--vocab_size", type=int, low=1, high=2**24, help="ids of the trained BPE, special ones included")
+    parser.add("--tokenizer", choices=["gpt2", "bytes"], help="for text and arxiv [gpt2]")
+    parser.add("--rows", type=int, low=1, high=10**9, help="use only so many training rows")
+    parser.add("--seed", type=int, low=0, high=2**63, help="for what is drawn or shuffled [1337]")
+    for flag, what in dict(min_len="listops: a row is longer than so many tokens; arxiv: a document has at least as many", max_len="listops: and shorter than this",
                            max_depth="listops: levels of nesting", n_links="lego: clauses of a row", n_tr="lego: links whose values are told in training",
                            n_pairs="recall: the most pairs of a row", n_keys="recall: keys, and as many values", size="pathfinder: width and height in pixels, 32 or 128").items():
-        parser.add(f"--{flag}", type=int, help=what)
+        parser.add(f"--{flag}", type=int, low=int(flag != "min_len"), high=2**24, help=what)
     parser.add("--force", type=bool, default=False, help="replace a data set made with other settings")
     args = parser.parse_args()
     if args.dataset not in DATASETS:
@@ -838,6 +885,8 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped: nothing was changed", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as e:
+        parser.error(e.code) if str(e.code).startswith("--") else sys.exit(e.code)
     summary(folder, load_meta(folder), time.time() - started)
     print(f"next: python train.py --dataset={name}" + f" --data_dir={args.data_dir}" * (args.data_dir != "data"))
 

@@ -9,10 +9,13 @@ Use a trained checkpoint: an encoder-decoder translates, a decoder continues tex
 A checkpoint carries its tokenizer, so nothing else is needed; one that was trained on a GPU runs on a CPU.
 """
 
+import argparse
 import ctypes
 import os
 import signal
 import sys
+import zipfile
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,25 +27,54 @@ from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, read_text,
 FORMAT = 1  # of ckpt.pt and best.pt
 
 
-def load_checkpoint(path, device="cpu"):
-    """A ckpt.pt or best.pt written by train.py -> dict of tensors and plain types. Nothing in the file is executed."""
+KINDS = dict(model=dict, model_args=dict, meta=dict, iter_num=int, best_loss=float)
+
+
+def load_checkpoint(path, device="cpu", kinds=KINDS):
+    """A ckpt.pt or best.pt written by train.py -> dict of tensors and plain types. Nothing in the file is executed, and a
+    file with a changed bit is refused."""
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as z:                       # torch writes checksums, but does not read them
+            intact = z.testzip() is None
+        ckpt = torch.load(path, map_location=device, weights_only=True) if intact else None
     except FileNotFoundError:
         raise SystemExit(f"{path} does not exist: train first (python train.py), or name the folder with --out_dir")
     except Exception:                                          # a broken pickle can fail in any way it likes
+        intact = False
+    if not intact:
         raise SystemExit(f"{path} is damaged or not a checkpoint of train.py: restore it from a copy, or train again")
-    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT or not all(isinstance(ckpt.get(k), kind) for k, kind in kinds.items()):
         raise SystemExit(f"{path} is not a checkpoint of this version of train.py (format {FORMAT}): train again")
     return ckpt
+
+
+def build(path, ckpt, cfg=None):
+    """The model of a checkpoint, its weights loaded; before anything large is made, their shapes are compared."""
+    try:
+        cfg, weights = cfg or ModelConfig(**ckpt["model_args"]), ckpt["model"]
+        with torch.device("meta"):
+            shapes = {k: v.shape for k, v in WaveletTransformer(replace(cfg, n_layer=min(cfg.n_layer, len(weights)))).state_dict().items()}
+        if shapes != {k: v.shape for k, v in weights.items()}:
+            raise ValueError("its weights are another model's than its settings name")
+        model = WaveletTransformer(cfg)
+        model.load_state_dict(weights)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise SystemExit(f"{path} does not fit this version of model.py ({' '.join(str(e).split())[:150]}): train again")
+    return model
 
 
 def load_model(path, device="cpu"):
     """-> model in eval mode, tokenizer, the data set's meta."""
     ckpt = load_checkpoint(path, device)
-    model = WaveletTransformer(ModelConfig(**ckpt["model_args"]))
-    model.load_state_dict(ckpt["model"])
-    return model.to(device).eval(), Tokenizer(ckpt["meta"]["tokenizer"]), ckpt["meta"]
+    model, meta = build(path, ckpt), ckpt["meta"]
+    try:
+        tokenizer = Tokenizer(meta["tokenizer"])
+        known = tokenizer.vocab_size == model.config.vocab_size and (model.config.arch != "encoder" or len(meta["classes"]) == model.config.n_classes)
+    except Exception:                                          # whatever a stranger writes there
+        known = False
+    if not known:
+        raise SystemExit(f"{path} has a tokenizer that is not its model's: restore it from a copy, or train again")
+    return model.to(device).eval(), tokenizer, meta
 
 
 def keep_freed_pages():
@@ -68,7 +100,7 @@ def by_length(rows, batch_size):
 
 
 def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0.0, top_k=None, batch_size=128,
-              max_new_tokens=None, progress=False, block_size=None):
+              max_new_tokens=None, progress=False, block_size=None, heed=lambda: None):
     """One output string per text, in the order given, and how many texts were cut to --block_size. Empty in, empty out."""
     device, block_size = model.wte.weight.device, block_size or model.config.block_size
     rows = [tokenizer.encode(t.strip()) for t in texts]
@@ -76,6 +108,7 @@ def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0
     rows, out = [r[:block_size - 1] for r in rows], [""] * len(texts)
     todo = [i for i, r in enumerate(rows) if r]
     for batch in tqdm(by_length([rows[i] for i in todo], batch_size), disable=not progress, unit="batch"):
+        heed()
         batch = [todo[i] for i in batch]
         src, n = collate([rows[i] for i in batch], tail=[EOS]).to(device), max_new_tokens or block_size
         if beam > 1:
@@ -87,6 +120,15 @@ def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0
     return out, cut
 
 
+def there(name):
+    """A --device that this machine has, or an error that argparse shows."""
+    try:
+        torch.empty(0, device=name)
+        return name
+    except (RuntimeError, AssertionError, ValueError):
+        raise argparse.ArgumentTypeError(f"{name} is not there; cpu is")
+
+
 def main():
     p = Parser(description=__doc__)
     p.add("--out_dir", default="out", help="folder that train.py wrote")
@@ -94,22 +136,17 @@ def main():
     p.add("--start", default=None, help="text to translate, continue or classify; FILE:name reads it from a file")
     p.add("--input", default=None, help="a file to translate or classify line by line")
     p.add("--output", default=None, help="where --input's results go, one line each; default: standard output")
-    p.add("--beam", type=int, default=1, help="beams of a translation; 1 = greedy")
-    p.add("--length_penalty", type=float, default=0.6, help="exponent of the beams' length normalisation")
-    p.add("--temperature", type=float, default=None, help="0 = the likeliest token; default 0 to translate, 0.8 to continue")
-    p.add("--top_k", type=int, default=None, help="sample among the k likeliest tokens only")
-    p.add("--num_samples", type=int, default=1, help="how many continuations or translations of --start")
-    p.add("--max_new_tokens", type=int, default=None, help="default: the block size")
-    p.add("--batch_size", type=int, default=128, help="lines at a time")
-    p.add("--seed", type=int, default=1337)
-    p.add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    p.add("--beam", type=int, default=1, low=1, high=1000, help="beams of a translation; 1 = greedy")
+    p.add("--length_penalty", type=float, default=0.6, low=-10, high=10, help="exponent of the beams' length normalisation")
+    p.add("--temperature", type=float, low=0, high=1e6, help="0 = the likeliest token; default 0 to translate, 0.8 to continue")
+    p.add("--top_k", type=int, low=1, high=2**31, help="sample among the k likeliest tokens only")
+    p.add("--num_samples", type=int, default=1, low=1, high=10**6, help="how many continuations or translations of --start")
+    p.add("--max_new_tokens", type=int, low=1, high=2**24, help="default: the block size")
+    p.add("--batch_size", type=int, default=128, low=1, high=2**31, help="lines at a time")
+    p.add("--seed", type=int, default=1337, low=0, high=2**63 - 1)
+    p.add("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=there, help="cpu, cuda, cuda:1, mps")
     p.add("--show", default=None, choices=["wavelets"], help="print what the wavelet layers have learned, and draw it")
     args = p.parse_args()
-    for name in ("beam", "num_samples", "batch_size", "top_k", "max_new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name}={getattr(args, name)} must be at least 1")
-    if args.temperature is not None and args.temperature < 0:
-        p.error(f"--temperature={args.temperature} must be at least 0")
     if not args.start and args.input is None and not args.show:
         p.error('say what to read: --start="some text", --start=FILE:name or --input=FILE')
     if hasattr(signal, "SIGPIPE"):

@@ -4,14 +4,17 @@ papers' formulas, finite differences. python -m pytest -q runs all of it, -k wer
 wanted by a few tests, which are skipped without them. The comment at a test's head names wrong versions it catches.
 """
 
+import contextlib
 import copy
 import csv
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -20,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -683,9 +687,9 @@ def run(script, *flags, cwd, code=0, **kw):
     return out + err
 
 
-def kill_after(step, sig, *flags, cwd, out):
+def kill_after(step, sig, *flags, cwd, out, **kw):
     """Start train.py and send sig once log.csv has reached a step; -> exit code."""
-    p, path = start("train.py", *flags, cwd=cwd), os.path.join(cwd, out, "log.csv")
+    p, path = start("train.py", *flags, f"--out_dir={out}", cwd=cwd, **kw), os.path.join(cwd, out, "log.csv")
     while p.poll() is None:
         time.sleep(0.005)
         if os.path.exists(path) and any(line.startswith(f"{step},") for line in open(path)):
@@ -723,7 +727,7 @@ def test_two_processes_equal_one(work):
     # catches: the mean of per-process means on ragged batches, a rank reading another's rows, unsummed gradients
     flags = [*TINY, "--mixer=haar", "--dropout=0", "--gradient_accumulation_steps=2", "--max_iters=8"]
     run("train.py", *flags, "--out_dir=one", cwd=work)
-    run("train.py", *flags, "--out_dir=two", cwd=work, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    run("train.py", *flags, "--out_dir=two", cwd=work, launcher=[*TORCHRUN, "2"])
     one, two = (list(csv.DictReader(open(os.path.join(work, d, "log.csv")))) for d in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] and len(one) == 11
     for a, b in zip(one, two):
@@ -739,7 +743,7 @@ def test_resume_refuses_another_model_and_keeps_earlier_runs(work):
     shutil.copytree(os.path.join(work, "whole"), os.path.join(work, "again"))
     run("train.py", *TINY, "--mixer=haar", "--out_dir=again", "--max_iters=1", cwd=work)
     assert open(os.path.join(work, "again.1", "log.csv")).read() == before
-    assert run("train.py", "--resume", "--out_dir=nowhere", cwd=work, code=1).startswith("nowhere/ckpt.pt does not exist")
+    assert "nowhere/ckpt.pt does not exist: starting anew" in run("train.py", *TINY, "--resume", "--out_dir=nowhere", "--max_iters=1", cwd=work)
 
 
 def test_sample_lines_in_lines_out(work):
@@ -802,6 +806,352 @@ def test_a_strangers_checkpoint_runs_nothing(work):
     torch.save({"format": 1, "model": Evil()}, os.path.join(work, "evil.pt"))
     assert "damaged or not a checkpoint" in run("sample.py", "--start=a", "--out_dir=.", "--ckpt=evil.pt", cwd=work, code=1)
     assert not os.path.exists(os.path.join(work, "pwned"))
+
+
+# -----------------------------------------------------------------------------
+# faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each a few times;
+# python test_model.py 60 tries each 60 times and prints the README's table
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+LIMITED = f"import resource, runpy, sys; sys.path.insert(0, {HERE!r}); resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); sys.argv[:2] = []; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def left(folder):
+    """What a run leaves behind, but for the clock: log.csv, and the weights and counters of its checkpoints."""
+    found = [open(os.path.join(folder, "log.csv")).read()]
+    for name in ("ckpt.pt", "best.pt"):
+        ckpt = load_checkpoint(os.path.join(folder, name))
+        found += [ckpt["iter_num"], ckpt["best_loss"], *(hashlib.sha256(v.numpy().tobytes()).hexdigest() for v in ckpt["model"].values())]
+    return found
+
+
+def killed(work, rng, tries, *flags):
+    """Start, kill at a random moment, the same command again, until tries kills are done; then let it end, and compare."""
+    began, done, lost, flags = time.time(), 0, 0, [*TINY, *flags, "--resume"]
+    run("train.py", *flags, "--out_dir=undisturbed", cwd=work)
+    seconds, whole = time.time() - began, left(os.path.join(work, "undisturbed"))
+    while done < tries:
+        code = None
+        while code != 0:
+            p = start("train.py", *flags, "--out_dir=disturbed", cwd=work)
+            try:
+                err = p.communicate(timeout=rng.uniform(0.2, 1.0) * seconds if done < tries else 170)[1]
+            except subprocess.TimeoutExpired:
+                p.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[done % 3])
+                err, done = p.communicate(timeout=30)[1], done + 1
+            code = p.returncode
+            lost += "Traceback" in err and "KeyboardInterrupt" not in err or code not in (0, 130, 143, -9, -15, -2)
+        lost += left(os.path.join(work, "disturbed")) != whole
+        shutil.rmtree(os.path.join(work, "disturbed"))
+    shutil.rmtree(os.path.join(work, "undisturbed"))
+    return lost
+
+
+def fault_killed_in_training(work, rng, tries):
+    return killed(work, rng, tries, "--mixer=haar", "--max_iters=60", "--eval_interval=20", "--metric_rows=1")
+
+
+def fault_killed_in_writing_checkpoints(work, rng, tries):
+    return killed(work, rng, tries, "--mixer=attention", "--max_iters=30", "--eval_interval=1", "--eval_rows=1", "--metric_rows=1", "--n_embd=128")
+
+
+def fault_killed_in_evaluation(work, rng, tries):
+    return killed(work, rng, tries, "--mixer=wersa", "--max_iters=4", "--eval_interval=2", "--eval_rows=1000", "--metric_rows=100")
+
+
+def fault_killed_in_preparation(work, rng, tries):
+    flags, lost, folder = ["--dataset=lego", "--rows=60000"], 0, os.path.join(work, "killed")
+    files = lambda d: [(f, hashlib.sha256(open(os.path.join(d, "lego", f), "rb").read()).hexdigest()) for f in sorted(os.listdir(os.path.join(d, "lego"))) if f != "meta.json"]
+    run("prepare_data.py", *flags, "--data_dir=whole", cwd=work)
+    for i in range(tries):
+        p = start("prepare_data.py", *flags, "--force", "--data_dir=killed", cwd=work)
+        try:
+            p.communicate(timeout=rng.uniform(0.1, 1.6))
+        except subprocess.TimeoutExpired:
+            p.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3])
+            lost += "Traceback" in p.communicate(timeout=30)[1]
+        if i % 5 == 4 or i + 1 == tries:
+            run("prepare_data.py", *flags, "--data_dir=killed", cwd=work)
+            prepare_data.load_meta(os.path.join(folder, "lego"))
+            lost += files(folder) != files(os.path.join(work, "whole")) or os.listdir(folder) != ["lego"]
+    shutil.rmtree(folder), shutil.rmtree(os.path.join(work, "whole"))
+    return lost
+
+
+def fault_disk_full(work, rng, tries):
+    lost, flags, out = 0, [*TINY, "--mixer=haar", "--resume", "--out_dir=full"], os.path.join(work, "full")
+    for _ in range(tries):
+        run("train.py", *flags, "--max_iters=4", cwd=work)
+        before = open(f"{out}/ckpt.pt", "rb").read()
+        p = start("train.py", *flags, cwd=work, launcher=["-c", LIMITED, str(rng.integers(5_000, len(before) - 1000))])
+        err = p.communicate(timeout=60)[1].strip().splitlines()
+        lost += p.returncode != 1 or len(err) != 1 or "cannot be written" not in err[0]
+        lost += open(f"{out}/ckpt.pt", "rb").read() != before or any(f.endswith(".tmp") for f in os.listdir(out))
+        shutil.rmtree(out)
+    return lost + ("cannot be written" not in run("train.py", *TINY, "--out_dir=/proc/nowhere", cwd=work, code=1))
+
+
+def fault_number_of_processes_changed(work, rng, tries):
+    """Stopped and gone on with 2, 4 and 1 processes, against 1 throughout; 37 evaluation rows, which no number divides."""
+    lost = 0
+    for i in range(tries):
+        steps, mixer = 50 if tries > 9 else 14, ("haar", "attention", "wersa", "wavspa")[i % 4]
+        flags = [*TINY, f"--mixer={mixer}", "--dropout=0", "--gradient_accumulation_steps=2", f"--max_iters={steps}", "--eval_rows=37", f"--eval_interval={steps // 2}"]
+        run("train.py", *flags, "--out_dir=one", cwd=work)
+        for n, step in zip((1, 2, 4) if i % 2 else (4, 2), sorted(rng.choice(range(1, steps - 4), 3, replace=False))):
+            code = kill_after(step, signal.SIGTERM, *flags, "--resume", cwd=work, out="some", launcher=[*TORCHRUN, str(n)] if n > 1 else [])
+            lost += code == 0 and step < steps - 8
+        run("train.py", *flags, "--resume", "--out_dir=some", cwd=work, launcher=[*TORCHRUN, "2"])
+        one, some = (list(csv.DictReader(open(os.path.join(work, d, "log.csv")))) for d in ("one", "some"))
+        lost += [r["step"] for r in one] != [r["step"] for r in some]
+        lost += any(abs(float(a[k] or 0) - float(b[k] or 0)) > 1e-5 for a, b in zip(one, some) for k in a)
+        shutil.rmtree(os.path.join(work, "one")), shutil.rmtree(os.path.join(work, "some"))
+    return lost
+
+
+def fault_one_of_two_processes_dies(work, rng, tries):
+    lost = 0
+    for _ in range(tries):
+        p = start("train.py", *TINY, "--max_iters=100000", "--eval_interval=100000", "--out_dir=dies", "--dist_timeout=10", cwd=work, launcher=[*TORCHRUN, "2"])
+        path = os.path.join(work, "dies", "log.csv")
+        while not os.path.exists(path) or len(open(path).readlines()) < 4:
+            time.sleep(0.05)
+        workers = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[rng.integers(2)]), signal.SIGKILL)
+        began, err = time.time(), p.communicate(timeout=60)[1]
+        lost += p.returncode == 0 or time.time() - began > 45 or "SIGKILL" not in err.replace("Signal 9", "SIGKILL")
+        load_checkpoint(os.path.join(work, "dies", "ckpt.pt"))
+        shutil.rmtree(os.path.join(work, "dies"))
+    return lost
+
+
+def mutated(raw, rng):
+    """A file with one thing wrong: cut, a bit or a run of bytes changed, bytes added, put in or taken out."""
+    raw, at, n = bytearray(raw), int(rng.integers(len(raw))), int(rng.integers(1, 64))
+    kind = rng.integers(6)
+    if kind == 0:
+        return bytes(raw[:at])
+    if kind == 1:
+        raw[at] ^= 1 << rng.integers(8)
+    elif kind == 2:
+        raw[at:at + n] = rng.bytes(len(raw[at:at + n]))
+    elif kind == 3:
+        raw[at:at + n] = bytes(len(raw[at:at + n]))
+    elif kind == 4:
+        raw[at:at] = rng.bytes(n)
+    else:
+        del raw[at:at + n]
+    return bytes(raw)
+
+
+def refused(call):
+    """Whether call ends in one clear line, rather than in a result, a traceback or two lines."""
+    try:
+        call()
+    except SystemExit as e:
+        return isinstance(e.code, str) and "\n" not in e.code
+    return False
+
+
+def fault_damaged_checkpoints(work, rng, tries):
+    path, lost = os.path.join(work, "damaged.pt"), 0
+    raw, sound = open(os.path.join(work, "whole", "ckpt.pt"), "rb").read(), load_checkpoint(os.path.join(work, "whole", "ckpt.pt"))
+    same = lambda a, b: torch.equal(a, b) if torch.is_tensor(a) else a.keys() == b.keys() and all(same(a[k], b[k]) for k in a) if isinstance(a, dict) else a == b
+    for _ in range(tries * 5):
+        open(path, "wb").write(mutated(raw, rng))
+        lost += not refused(lambda: load_model(path)) and not same(load_checkpoint(path), sound)       # a byte that means nothing may differ
+    return lost
+
+
+def fault_strange_checkpoints(work, rng, tries):
+    """Well-formed files of someone else: parts missing, of a wrong type, absurd."""
+    path, lost, sound = os.path.join(work, "strange.pt"), 0, load_checkpoint(os.path.join(work, "whole", "best.pt"))
+    wrong = [None, -1, 0, 10**12, "x", [], {}, 1e300, float("nan"), True, "../../x", torch.zeros(3)]
+    for i in range(tries * 5):
+        ckpt = copy.deepcopy(sound)
+        part = (ckpt, ckpt["model_args"], ckpt["meta"], ckpt["model"])[rng.integers(4)]
+        keys = [k for k in part if part is not ckpt["meta"] or k in ("tokenizer",)]
+        key, value = keys[rng.integers(len(keys))], wrong[rng.integers(len(wrong))]
+        if type(value) is type(part[key]) and not torch.is_tensor(value) or part is ckpt and key in ("iter_num", "best_loss") or isinstance(value, bool) and isinstance(part[key], int):
+            continue
+        if i % 4:
+            part[key] = value
+        else:
+            del part[key]
+        torch.save(ckpt, path)
+        try:
+            model, *_ = load_model(path)                       # a setting that this model does not use may be missing or absurd
+            lost += not same_model(model, sound)
+        except SystemExit as e:
+            lost += not isinstance(e.code, str) or "\n" in e.code
+    return lost
+
+
+def same_model(model, ckpt):
+    return model.state_dict().keys() == ckpt["model"].keys() and all(torch.equal(v, ckpt["model"][k]) for k, v in model.state_dict().items())
+
+
+def fault_damaged_data(work, rng, tries):
+    folder, lost = os.path.join(work, "data", "numbers"), 0
+    for _ in range(tries * 5):
+        name = sorted(os.listdir(folder))[rng.integers(len(os.listdir(folder)))]
+        raw = open(os.path.join(folder, name), "rb").read()
+        bad = mutated(raw, rng)
+        open(os.path.join(folder, name), "wb").write(bad)
+        lost += bad != raw and not refused(lambda: prepare_data.load_meta(folder)) and json.loads(bad) != json.loads(raw)
+        open(os.path.join(folder, name), "wb").write(raw)
+    return lost
+
+
+def fault_strange_data(work, rng, tries):
+    """Data sets whose checksums are right and whose contents are not."""
+    lost = 0
+    for i in range(tries):
+        folder = os.path.join(work, "strange", "numbers")
+        shutil.copytree(os.path.join(work, "data", "numbers"), folder)
+        meta, kind = json.load(open(f"{folder}/meta.json")), i % 4
+        if kind == 0:                                          # offsets beyond the end, or backwards
+            idx = np.fromfile(f"{folder}/train.src.idx", dtype=np.int64)
+            idx[rng.integers(len(idx))] = rng.choice([-5, 10**12])
+            idx.tofile(f"{folder}/train.src.idx")
+        elif kind == 1:                                        # ids beyond the vocabulary
+            ids = np.fromfile(f"{folder}/val.tgt.bin", dtype=np.uint16)
+            ids[rng.integers(len(ids))] = rng.integers(259, 2**16)
+            ids.tofile(f"{folder}/val.tgt.bin")
+        elif kind == 2:
+            meta[("block_size", "vocab_size")[rng.integers(2)]] = int(rng.choice([-1, 0, 10**15]))
+        else:
+            meta[sorted(meta)[rng.integers(len(meta))]] = [None, "x", -1][rng.integers(3)]
+        meta["files"] = {f: [os.path.getsize(f"{folder}/{f}"), prepare_data.crc32(f"{folder}/{f}")] for f in os.listdir(folder) if f != "meta.json"} if kind < 2 else meta.get("files")
+        json.dump(meta | {"checksum": prepare_data.checksum(meta)}, open(f"{folder}/meta.json", "w"))
+        p = start("train.py", *TINY, "--data_dir=strange", "--out_dir=strange/out", "--max_iters=1", cwd=work)
+        err = p.communicate(timeout=60)[1].strip()
+        lost += "Traceback" in err or p.returncode != 0 and len(err.splitlines()) != 1 or kind < 3 and p.returncode == 0
+        shutil.rmtree(os.path.join(work, "strange"))
+    return lost
+
+
+def script(path, argv, cwd, out):
+    """What a child of the fork server does: run a script, its words into files."""
+    os.chdir(cwd)
+    sys.argv = [path, *argv]
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{out}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    torch.set_num_threads(1)
+    runpy.run_path(path, run_name="__main__")
+
+
+def fault_wrong_flags(work, rng, tries):
+    """Every flag of every script with a wrong type, a negative, a zero, a huge number and a misspelling: a result, or one line and
+    exit code 2 that name the flag (a wrong name or place of a file may end in 1). A fifth of them where tries is small."""
+    fork = get_context("forkserver")
+    fork.set_forkserver_preload(["torch", "numpy", "test_model"])
+    base = {"train.py": [*TINY, "--max_iters=1", "--eval_rows=2"], "sample.py": ["--out_dir=whole", "--start=one", "--max_new_tokens=2", "--device=cpu"],
+            "prepare_data.py": ["--dataset=recall", "--rows=50", "--data_dir=flags", "--force"], "bench.py": ["report"]}
+    files = ("--out_dir", "--data_dir", "--dataset", "--source", "--start", "--input", "--output", "--ckpt", "--csv", "--json", "--md", "--png", "--compare", "--show")
+    jobs = []
+    for name, flags in base.items():
+        for flag in sorted(set(re.findall(r"^  (--\w+)", run(name, "--help", cwd=work), re.M))):
+            jobs += [(name, flags, flag, f"{flag}={value}") for value in ("x?y", "-1", "0", "1000000000000")] + [(name, flags, flag, f"{flag[:-1]}q=1")]
+    jobs = [job for job in jobs if tries > 9 or rng.random() < 0.2]
+
+    def one(i, job):
+        name, flags, flag, word = job
+        out = os.path.join(work, f"flag {i}")
+        p = fork.Process(target=script, args=(os.path.join(HERE, name), [*flags, word, *([f"--out_dir=flag {i} out"] if name == "train.py" and flag != "--out_dir" else [])], work, out))
+        p.start()
+        p.join(8)
+        if p.exitcode is None:                                 # a run that goes on: it is to stop when told to
+            os.kill(p.pid, signal.SIGTERM)
+            p.join(30)
+        said, code = open(f"{out}.err").read().strip(), p.exitcode
+        one_line = len(said.splitlines()) == 1 and (flag in said or flag in files)
+        fine = code in (0, 143) and "Traceback" not in said or code == 2 and one_line or code == 1 and one_line and flag in files
+        if word.startswith(f"{flag}="):
+            fine = fine and not (word.endswith("?y") and code == 0 and flag not in files)
+        else:
+            fine = code == 2 and one_line
+        if not fine:
+            print(name, word, code, said[-300:])
+        for f in glob.glob(glob.escape(out) + "*"):
+            shutil.rmtree(f) if os.path.isdir(f) else os.remove(f)
+        return not fine
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return sum(pool.map(one, range(len(jobs)), jobs))
+
+
+def fault_any_text(work, rng, tries):
+    """Any Unicode, control characters, line ends, a megabyte: one line out for each line in."""
+    lost = 0
+    for i in range(max(1, tries // 10)):
+        odd = ["\u0000", "\ufeff", "\u2028", "\x85", "\x0b\x0c", "\U0001f642", "\u05e9\u05dc\u05d5\u05dd", "\u0627\u202e\u0644", "a\u0301", "\ufffd", "\r", "\t", " ", "", "x" * 2**20 if i == 0 else "y"]
+        lines = ["".join(odd[k] for k in rng.integers(len(odd), size=rng.integers(4))) + "".join(map(chr, rng.integers(32, 0xd7ff, size=rng.integers(20)))) for _ in range(200)]
+        end = ("\n", "\r\n")[i % 2]
+        lines = [line.rstrip("\r") for line in lines]
+        with open(os.path.join(work, "any.txt"), "w", encoding="utf-8", newline="") as f:
+            f.write(end.join(lines) + end)
+        said = run("sample.py", "--out_dir=whole", "--input=any.txt", "--output=any.out", "--max_new_tokens=4", "--device=cpu", cwd=work)
+        got = open(os.path.join(work, "any.out"), encoding="utf-8", newline="").read().split("\n")
+        lost += len(got) != len(lines) + 1 or "were cut" not in said or any("\r" in g for g in got)
+    return lost
+
+
+def growth(p, at=lambda: True):
+    """Watch a process while at() holds -> how much its memory grew over the second half of that time, in bytes, and its open files."""
+    seen = []
+    while p.poll() is None:
+        with contextlib.suppress(OSError, TypeError):          # it ends while we look
+            now = int(re.search(r"VmRSS:\s+(\d+)", open(f"/proc/{p.pid}/status").read())[1]) * 1024, len(os.listdir(f"/proc/{p.pid}/fd"))
+            seen += [now] if at() else []
+        time.sleep(0.05)
+    p.communicate()
+    assert p.returncode == 0 and len(seen) > 8, (p.returncode, len(seen))
+    half = seen[len(seen) // 2:]
+    return half[-1][0] - half[0][0], half[-1][1] - half[0][1]
+
+
+def fault_long_runs(work, rng, tries):
+    """2,000 steps and 2,000 translated lines (300 each in a short test): memory and open files at the end against half way."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("reads Linux's /proc")
+    n, path = 2000 if tries > 9 else 300, os.path.join(work, "long", "log.csv")
+    steps = lambda: 20 < len(open(path).readlines()) < n       # training only: no evaluation
+    train = growth(start("train.py", *TINY, "--mixer=wersa", f"--max_iters={n}", f"--eval_interval={n}", "--out_dir=long", cwd=work), steps)
+    with open(os.path.join(work, "long.txt"), "w") as f:
+        f.writelines(f"{en(int(i))}\n" for i in rng.integers(10**6, size=n))
+    sample = growth(start("sample.py", "--out_dir=whole", "--input=long.txt", "--output=long.out", "--max_new_tokens=40", "--batch_size=8", "--device=cpu", cwd=work))
+    print(f"growth over the second half of {n} steps: {train[0] / n * 2:.0f} bytes a step, {train[1]} files; of {n} lines: {sample[0] / n * 2:.0f} bytes a line, {sample[1]} files")
+    shutil.rmtree(os.path.join(work, "long"))
+    return sum(m > 2e6 + 500 * n or files > 0 for m, files in (train, sample))
+
+
+def fault_not_finite(work, rng, tries):
+    """Steps whose loss is not finite are left out and counted; where none succeeds, training ends with advice."""
+    source, lost = open(os.path.join(HERE, "train.py"), encoding="utf-8").read(), 0
+    for i in range(tries):
+        bad, value = sorted(rng.choice(range(1, 12), 3, replace=False).tolist()), ("nan", "inf")[i % 2]
+        sick = source.replace("scaler.scale(loss * size * world)", f"scaler.scale(loss * size * world * (float('{value}') if iter_num in {bad} else 1))")
+        assert sick != source
+        with open(os.path.join(work, "sick.py"), "w") as f:
+            f.write(sick.replace("scaler.scale(loss", "scaler.scale(loss"))
+        p = subprocess.run([sys.executable, "sick.py", *TINY, "--mixer=haar", "--out_dir=sick"], cwd=work, env=dict(os.environ, PYTHONPATH=HERE, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+        rows = [r for r in csv.DictReader(open(os.path.join(work, "sick", "log.csv"))) if r["loss"]]
+        lost += p.returncode != 0 or [int(r["skipped"]) for r in rows] != [sum(b <= t for b in bad) for t in range(12)]
+        lost += not all(v.isfinite().all() for v in load_checkpoint(os.path.join(work, "sick", "ckpt.pt"))["model"].values())
+        shutil.rmtree(os.path.join(work, "sick"))
+    said = run("train.py", *TINY, "--learning_rate=100", "--grad_clip=0", "--warmup_iters=0", "--max_iters=300", "--mixer=attention", "--out_dir=sick", "--dtype=float16", cwd=work, code=1)
+    return lost + ("steps in a row" not in said or "--learning_rate" not in said)
+
+
+SLOW = {"number of processes changed": 5, "one of two processes dies": 6, "disk full": 3, "not finite": 3, "long runs": 6}
+MANY = {"damaged checkpoints": 5, "strange checkpoints": 5, "damaged data": 5}
+FAULTS = {name[6:].replace("_", " "): f for name, f in list(globals().items()) if name.startswith("fault_")}
+
+
+@each("name", FAULTS)
+def test_faults(work, name):  # catches: what a user would lose overnight
+    assert FAULTS[name](work, np.random.default_rng(0), 3) == 0
 
 
 # -----------------------------------------------------------------------------
@@ -1184,3 +1534,16 @@ def test_readme_commands_parse_and_the_snippet_runs():
         assert {w.split("=")[0] for w in words if w.startswith("--")} <= flags[script], c
     snippet = re.search(r"```python\n(.*?)```", readme, re.S)[1]
     exec(compile(snippet, "README.md", "exec"), {})
+
+
+if __name__ == "__main__":                                     # python test_model.py 60: every fault so many times, as a table
+    import tempfile
+    tries, rows = int(sys.argv[1]) if len(sys.argv) > 1 else 60, []
+    with tempfile.TemporaryDirectory() as d:
+        prepare_data.prepare("numbers", os.path.join(d, "data"), rows=400)
+        run("train.py", *TINY, "--mixer=haar", "--out_dir=whole", cwd=d)
+        print("| fault | tries | lost | minutes |\n|---|---|---|---|", flush=True)
+        for name, f in FAULTS.items():
+            n, began = tries // SLOW.get(name, 1), time.time()
+            lost = f(d, np.random.default_rng(0), n)
+            print(f"| {name} | {n * MANY.get(name, 1)} | {lost} | {(time.time() - began) / 60:.1f} |", flush=True)

@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, load_meta, prepare, read_ragged, replacing
-from sample import FORMAT, collate, keep_freed_pages, load_checkpoint, translate
+from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, load_meta, prepare, read_ragged, replacing, stopped
+from sample import FORMAT, KINDS, build, collate, keep_freed_pages, load_checkpoint, there, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
@@ -51,33 +52,34 @@ p.add("--preset", default=None, choices=list(PRESETS), help="default: gpu on a G
 p.add("--dataset", default="numbers", help="a folder under --data_dir; made on first use where that needs no --source")
 p.add("--data_dir", default="data", help="where prepare_data.py puts data sets")
 p.add("--out_dir", default="out", help="checkpoints, log.csv, config.json; an earlier run found there is moved aside")
-p.add("--resume", type=bool, default=False, help="go on from out_dir/ckpt.pt, with its settings")
+p.add("--resume", type=bool, default=False, help="go on from out_dir/ckpt.pt, with its settings; start anew where there is none")
 p.add("--leak", type=bool, default=False, help="allow a decoder with --haar_causal=literal, which reads its own labels")
 p.section("model (a data set sets arch, vocab_size, block_size, n_classes, pool and cross_ratio)")
 comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(ModelConfig), re.M))
 for f in dataclasses.fields(ModelConfig):
     p.add(f"--{f.name}", type=f.type, default=f.default, choices=CHOICES.get(f.name), help=comments.get(f.name, ""))
 p.section("optimisation")
-p.add("--batch_size", type=int, default=64, help="rows of one forward pass")
-p.add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step, shared by all processes")
-p.add("--max_iters", type=int, default=800, help="optimiser steps in all")
-p.add("--learning_rate", type=float, default=2e-3)
-p.add("--min_lr", type=float, default=None, help="default: learning_rate / 20")
-p.add("--warmup_iters", type=int, default=100)
-p.add("--weight_decay", type=float, default=0.1)
-p.add("--beta1", type=float, default=0.9)
-p.add("--beta2", type=float, default=0.98)
-p.add("--grad_clip", type=float, default=1.0, help="0 = off")
+p.add("--batch_size", type=int, default=64, low=1, high=2**31, help="rows of one forward pass")
+p.add("--gradient_accumulation_steps", type=int, default=1, low=1, high=2**31, help="forward passes per step, shared by all processes")
+p.add("--max_iters", type=int, default=800, low=0, high=2**40, help="optimiser steps in all")
+p.add("--learning_rate", type=float, default=2e-3, low=0, high=100)
+p.add("--min_lr", type=float, low=0, high=100, help="default: learning_rate / 20")
+p.add("--warmup_iters", type=int, default=100, low=0, high=2**40)
+p.add("--weight_decay", type=float, default=0.1, low=0, high=100)
+p.add("--beta1", type=float, default=0.9, low=0, high=0.999999)
+p.add("--beta2", type=float, default=0.98, low=0, high=0.999999)
+p.add("--grad_clip", type=float, default=1.0, low=0, high=1e9, help="0 = off")
 p.section("evaluation, log, machine")
-p.add("--eval_interval", type=int, default=200, help="steps between evaluations, each followed by a checkpoint")
-p.add("--eval_rows", type=int, default=1000, help="validation rows whose loss is taken")
-p.add("--metric_rows", type=int, default=200, help="validation rows that are decoded for exact match or BLEU")
-p.add("--eval_block_size", type=int, default=None, help="test at this length too, on the split long where there is one; default: the longest of that split; 0 = do not")
-p.add("--beam", type=int, default=1, help="beams of the last test; 1 = greedy")
-p.add("--log_interval", type=int, default=10)
-p.add("--seed", type=int, default=1337)
-p.add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+p.add("--eval_interval", type=int, default=200, low=1, high=2**40, help="steps between evaluations, each followed by a checkpoint")
+p.add("--eval_rows", type=int, default=1000, low=1, high=2**40, help="validation rows whose loss is taken")
+p.add("--metric_rows", type=int, default=200, low=1, high=2**40, help="validation rows that are decoded for exact match or BLEU")
+p.add("--eval_block_size", type=int, low=0, high=2**24, help="test at this length too, on the split long where there is one; default: the longest of that split; 0 = do not")
+p.add("--beam", type=int, default=1, low=1, high=1000, help="beams of the last test; 1 = greedy")
+p.add("--log_interval", type=int, default=10, low=1, high=2**40)
+p.add("--seed", type=int, default=1337, low=0, high=2**63 - 1)
+p.add("--device", default="auto", type=lambda name: name if name == "auto" else there(name), help="auto, cpu, cuda, cuda:1, mps")
 p.add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: 16 bits on CUDA, 32 elsewhere")
+p.add("--dist_timeout", type=float, default=600, low=1, high=1e6, help="seconds that a process waits for the others before it gives up")
 p.add("--compile", type=bool, default=None, help="torch.compile; default: on for CUDA, off elsewhere")
 args = p.parse_args()
 given = p.given  # the flags that were really typed
@@ -95,6 +97,21 @@ def stop(sentence, code=1):
     sys.exit(code)
 
 
+def unforeseen(kind, e, trace):
+    """What to say instead of a traceback where the cause lies outside."""
+    said = " ".join(str(e).split())
+    if world > 1 and kind is not KeyboardInterrupt and re.search("(?i)gloo|nccl|peer|timed? ?out|socket|store", said):
+        print(f"process {rank} of {world} has lost the others ({said[:150]}): see what the first of them said, then go on with --resume", file=sys.stderr)
+    elif "memory" in said and issubclass(kind, (MemoryError, RuntimeError)):
+        print(f"out of memory ({said[:150]}): lower --batch_size and raise --gradient_accumulation_steps by the same factor, or take a smaller model", file=sys.stderr)
+    else:
+        stopped(kind, e, trace)
+    os._exit(1) if world > 1 else None                         # a process group that is broken must not wait at its end
+
+
+sys.excepthook = unforeseen
+
+
 def say(*a):
     if master:
         print(*a, flush=True)
@@ -105,21 +122,26 @@ device = auto if args.device == "auto" else args.device
 if device == "cuda" and world > 1:
     device = f"cuda:{local_rank}"
 device_type = device.split(":")[0]
-if device_type != "cpu" and device_type != auto:
-    stop(f"--device={device} is not there: this machine has {auto}")
 if device_type == "cpu":
     keep_freed_pages()
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
 if world > 1:
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=args.dist_timeout))
 
 out = args.out_dir
 ckpt_path, best_path, log_path = (os.path.join(out, name) for name in ("ckpt.pt", "best.pt", "log.csv"))
-ckpt = load_checkpoint(ckpt_path) if args.resume else None
-preset = given.get("preset") or (ckpt["config"]["preset"] if ckpt else "gpu" if device_type == "cuda" else "laptop")
-settings = {**vars(args), **PRESETS[preset], **(ckpt["config"] if ckpt else {}), **given, "preset": preset}
+if args.resume and not os.path.exists(ckpt_path):
+    say(f"{ckpt_path} does not exist: starting anew")
+    args.resume = False
+ckpt = load_checkpoint(ckpt_path, kinds=KINDS | dict(optimizer=dict, scaler=dict, config=dict, evaluated=bool, seconds=float, log_bytes=int, skipped=int, in_a_row=int)) if args.resume else None
+kept = {}
+if ckpt:                                                       # read as if typed, so that a stranger's file can bring nothing that no flag takes
+    p.parse_args([f"--{k}={v}" for k, v in ckpt["config"].items() if v is not None])
+    kept = p.given
+preset = given.get("preset") or kept.get("preset", "gpu" if device_type == "cuda" else "laptop")
+settings = {**vars(args), **PRESETS[preset], **kept, **given, "preset": preset}
 
 # -----------------------------------------------------------------------------
 # data
@@ -132,9 +154,11 @@ if master and not os.path.exists(os.path.join(folder, "meta.json")):
 if world > 1:
     dist.barrier()
 meta = load_meta(folder)
-from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta} | {"cross_ratio": meta.get("ratio", 1.0)}
+from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta} | {"cross_ratio": meta.get("ratio", 1.0), "pad_id": PAD}
 for k, v in from_data.items():
-    if k in ("vocab_size", "n_classes") or (k not in given and k not in PRESETS[preset] and not ckpt):
+    if k in ("vocab_size", "n_classes", "pad_id") and given.get(k, v) != v:
+        stop(f"--{k}={given[k]} is {v} in {settings['dataset']}: leave it out", 2)
+    if k not in given and k not in PRESETS[preset] and not ckpt:
         settings[k] = v
 cfg = type(args)(**settings)
 try:
@@ -144,7 +168,7 @@ except ValueError as e:
 if ckpt:
     old, new = ckpt["model_args"], dataclasses.asdict(model_cfg)
     changed = [f"{k}: {old.get(k)} in the checkpoint, {new[k]} now" for k in new if k not in ("dropout", "label_smoothing") and old.get(k) != new[k]]
-    if [ckpt["meta"][k] for k in ("files", "tokenizer")] != [meta[k] for k in ("files", "tokenizer")]:
+    if [ckpt["meta"].get(k) for k in ("files", "tokenizer")] != [meta[k] for k in ("files", "tokenizer")]:
         stop(f"{folder} is not the data set that this run began with: prepare that one again, or start a new run with --out_dir")
     if changed:
         stop(f"--resume cannot change the model ({'; '.join(changed)}): leave these flags out, or start a new run with --out_dir")
@@ -153,17 +177,9 @@ if cfg.arch != "encoder" and cfg.mixer == "haar" and cfg.haar_causal == "literal
          "use atrous or partial, or --leak to train it all the same")
 if cfg.arch != meta["arch"]:
     stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is made for --arch={meta['arch']}")
-for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_rows", "metric_rows", "beam", "log_interval"):
-    if getattr(cfg, name) < 1:
-        stop(f"--{name}={getattr(cfg, name)} must be at least 1", 2)
-if cfg.eval_block_size is not None and cfg.eval_block_size < 0:
-    stop(f"--eval_block_size={cfg.eval_block_size} must be at least 1 (or 0 to leave it out)", 2)
-for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate"):
-    if not 0 <= getattr(cfg, name) < math.inf:
-        stop(f"--{name}={getattr(cfg, name)} must be at least 0", 2)
 step_rows, T_max = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.block_size
 if step_rows % world:
-    stop(f"--batch_size={cfg.batch_size} * --gradient_accumulation_steps={cfg.gradient_accumulation_steps} rows cannot be shared by {world} processes")
+    stop(f"--batch_size={cfg.batch_size} * --gradient_accumulation_steps={cfg.gradient_accumulation_steps} rows cannot be shared by {world} processes", 2)
 micro_steps = -(-step_rows // (world * cfg.batch_size))
 tokenizer = Tokenizer(meta["tokenizer"])
 ragged = cfg.arch == "encdec" or "labels" in meta             # rows; else one long text
@@ -173,12 +189,14 @@ class Rows:
     """Sentence pairs, or rows with labels, of one split, cut to T tokens, and an order that is a function of (seed, step)."""
 
     def __init__(self, split, T=T_max):
-        self.sides = [read_ragged(folder, f"{split}.{side}", meta["dtype"]) for side in (("src", "tgt") if cfg.arch == "encdec" else ("src",))]
+        self.sides = [read_ragged(folder, f"{split}.{side}", meta["dtype"], cfg.vocab_size) for side in (("src", "tgt") if cfg.arch == "encdec" else ("src",))]
         room = T - (cfg.arch != "encoder")                     # for bos or eos
         self.lengths = [np.minimum(np.diff(idx), room) for _, idx in self.sides]
         self.cut = int(sum(np.diff(idx) > room for _, idx in self.sides).astype(bool).sum())
         of = lambda name: np.memmap(os.path.join(folder, f"{split}.{name}.bin"), dtype=np.int32, mode="r")
         self.labels, self.groups = of("label") if "labels" in meta else None, of("group") if "groups" in meta else None
+        if self.labels is not None and not -1 <= self.labels.min() <= self.labels.max() < (cfg.n_classes if cfg.arch == "encoder" else cfg.vocab_size):
+            stop(f"{folder}/{split}.label.bin has the label {self.labels.max()}, beyond the {cfg.n_classes} classes: prepare the data set again")
         self.asked = self.lengths[-1] + 1 if self.labels is None else np.ones(len(self), dtype=int)     # targets of each row
         if meta.get("labels") == "token":
             before, begin = np.r_[0, np.cumsum(self.labels >= 0)], self.sides[0][1][:-1]
@@ -193,7 +211,7 @@ class Rows:
     def at(self, step):
         """The rows of a step: a shuffled epoch, cut in pools that are sorted by length, cut in batches, shuffled."""
         if len(self) < step_rows:
-            stop(f"{cfg.dataset} has {len(self)} training rows, a step takes {step_rows}: lower --batch_size")
+            stop(f"{cfg.dataset} has {len(self)} training rows, a step takes {step_rows}: lower --batch_size or --gradient_accumulation_steps", 2)
         epoch, i = divmod(step, len(self) // step_rows)
         if epoch != self.epoch:
             rng = np.random.default_rng([cfg.seed, epoch])
@@ -227,7 +245,7 @@ class Stream:
     cut, groups = 0, None
 
     def __init__(self, split, T=T_max):
-        self.tokens, self.T = read_ragged(folder, split, meta["dtype"])[0], T
+        self.tokens, self.T = read_ragged(folder, split, meta["dtype"], cfg.vocab_size)[0], T
         self.starts = np.arange(0, len(self.tokens) - 1, T)
         if len(self.tokens) <= T:
             stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --block_size={T}: lower it, or bring more text")
@@ -274,19 +292,26 @@ def micro_batches(step):
 # model and optimiser
 
 torch.manual_seed(cfg.seed)
-model = WaveletTransformer(model_cfg).to(device)
+model = (build(ckpt_path, ckpt, model_cfg) if ckpt else WaveletTransformer(model_cfg)).to(device)
 optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device_type)
+configured = [dict(group) for group in optimizer.param_groups]
 dtype = cfg.dtype
 if dtype == "auto":
     dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-iter_num, best_loss, seconds, evaluated = 0, math.inf, 0.0, False
+iter_num, best_loss, seconds, evaluated, skipped, in_a_row = 0, math.inf, 0.0, False, 0, 0
 if ckpt:
-    model.load_state_dict(ckpt["model"])
-    optimizer.load_state_dict(ckpt["optimizer"])
-    scaler.load_state_dict(ckpt["scaler"])
-    iter_num, best_loss, seconds, evaluated = (ckpt[k] for k in ("iter_num", "best_loss", "seconds", "evaluated"))
+    iter_num, best_loss, seconds, evaluated, skipped, in_a_row = (ckpt[k] for k in ("iter_num", "best_loss", "seconds", "evaluated", "skipped", "in_a_row"))
+    try:
+        optimizer.load_state_dict(ckpt["optimizer"])
+        if scaler.is_enabled() and ckpt["scaler"]:             # a run that comes from a CPU has none
+            scaler.load_state_dict(ckpt["scaler"])
+        for group, fresh in zip(optimizer.param_groups, configured):
+            group.update({k: v for k, v in fresh.items() if k != "params"})
+        assert all(v.shape == q.shape for q in optimizer.state for k, v in optimizer.state[q].items() if k != "step")
+    except Exception:                                          # as many as there are ways to be no optimiser
+        stop(f"{ckpt_path} has an optimiser that is not this model's: restore it from a copy, or train again")
 compiled = device_type == "cuda" if cfg.compile is None else cfg.compile
 net = torch.compile(model) if compiled else model
 net = DDP(net, device_ids=[local_rank] if device_type == "cuda" else None) if world > 1 else net
@@ -337,6 +362,18 @@ def from_all_ranks(mine):
     return out
 
 
+class Interrupted(Exception):
+    """A signal during an evaluation, which is not waited for: it can be repeated."""
+
+
+def heed():
+    if caught:
+        raise Interrupted
+
+
+caught = []                                                    # signals
+
+
 @torch.no_grad()
 def evaluate(data, limit):
     """The first rows of a split, the same each time, shared by all processes -> loss (mean per target), accuracy (of the
@@ -346,6 +383,7 @@ def evaluate(data, limit):
     total, count, right, asked, probs, labels = 0.0, 0, np.zeros(most + 1), np.zeros(most + 1), [], []
     rows = np.arange(min(limit, len(data)))[rank::world] if ragged else data.starts[:limit][rank::world]
     for i in range(0, len(rows), cfg.batch_size):
+        heed()
         chunk = rows[i:i + cfg.batch_size]
         tensors, n = data.batch(chunk)
         tensors = to_device(tensors)
@@ -385,7 +423,7 @@ def score(split, found, limit, beam=1, T=T_max):
     model.eval()
     src, ref = (open(os.path.join(folder, f"{split}.{side}.txt"), encoding="utf-8").read().split("\n")[:-1][:limit] for side in ("src", "tgt"))
     with autocast:
-        mine, _ = translate(model, tokenizer, src[rank::world], beam=beam, batch_size=max(1, 256 // beam), block_size=T)
+        mine, _ = translate(model, tokenizer, src[rank::world], beam=beam, batch_size=max(1, 256 // beam), block_size=T, heed=heed)
     model.train()
     hyp = from_all_ranks(mine)
     if meta["metric"] == "exact":
@@ -398,32 +436,46 @@ def score(split, found, limit, beam=1, T=T_max):
     return result
 
 
+PATIENCE = 25                                                  # steps in a row that may fail; float16's scale needs up to 16 at first
 METRIC = {"exact": "exact match", "bleu": "BLEU", "bpb": "bits per byte", "acc": "accuracy"}[meta["metric"]]
 
 
-def write(path, obj):
-    if not master:
-        return
-    try:
-        with replacing(path, "wb") as f:
-            torch.save(obj, f)
-    except (OSError, RuntimeError) as e:
-        stop(f"{path} cannot be written ({e}): the last checkpoint is intact; make room and go on with --resume")
+def write(path, into, mode="w"):
+    """Only rank 0 writes, and what it writes is all there or not there."""
+    if master:
+        try:
+            with replacing(path, mode) as f:
+                into(f)
+        except (OSError, RuntimeError) as e:
+            stop(f"{path} cannot be written ({' '.join(str(e).split())[:150]}): the last checkpoint is intact; make room and go on with --resume")
 
 
 def save(evaluated):
     common = dict(format=FORMAT, model=model.state_dict(), model_args=dataclasses.asdict(model_cfg), meta=meta, iter_num=iter_num, best_loss=best_loss)
     if evaluated and val_loss == best_loss:
-        write(best_path, common)
-    write(ckpt_path, common | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings, evaluated=evaluated,
-                                   seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0))
+        write(best_path, lambda f: torch.save(common, f), "wb")
+    state = common | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings, evaluated=evaluated, skipped=skipped, in_a_row=in_a_row,
+                          seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0)
+    write(ckpt_path, lambda f: torch.save(state, f), "wb")
+
+
+def leave():
+    """A signal came: save, unless the checkpoint has it all, and exit with its number, on which a scheduler can start anew."""
+    save(evaluated=False)
+    stop(f"stopped after step {iter_num}, saved: go on with --resume", 128 + (caught or [signal.SIGTERM])[0])
+
+
+LOGGED = ("step", "loss", "norm", "lr", "skipped", "val_loss", "val_metric")
 
 
 def log(**row):
     """One line of log.csv; nothing in it depends on the clock, so that two equal runs write equal files."""
     if master:
-        with open(log_path, "a", newline="") as f:
-            csv.writer(f).writerow([row.get(k, "") for k in ("step", "loss", "norm", "lr", "val_loss", "val_metric")])
+        try:
+            with open(log_path, "a", newline="") as f:
+                csv.writer(f).writerow([row.get(k, "") for k in LOGGED])
+        except OSError as e:
+            stop(f"{log_path} cannot be written ({e.strerror}): the last checkpoint is intact; make room and go on with --resume")
 
 
 if master:
@@ -433,11 +485,11 @@ if master:
             os.rename(out, f"{out}.{n}")
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
         os.makedirs(out, exist_ok=True)
-        if ckpt:
+        if ckpt and os.path.exists(log_path) and os.path.getsize(log_path) >= ckpt["log_bytes"]:
             os.truncate(log_path, ckpt["log_bytes"])           # what was logged after the checkpoint happens again
         else:
             with open(log_path, "w", newline="") as f:
-                csv.writer(f).writerow(["step", "loss", "norm", "lr", "val_loss", "val_metric"])
+                csv.writer(f).writerow(LOGGED)
         with replacing(os.path.join(out, "config.json")) as f:
             json.dump(settings, f, indent=1)
     except OSError as e:
@@ -457,7 +509,6 @@ def get_lr(it):
 # -----------------------------------------------------------------------------
 # the loop
 
-caught = []
 for s in (signal.SIGINT, signal.SIGTERM):
     signal.signal(s, lambda number, frame: caught.append(number) if not caught else sys.exit(128 + number))
 
@@ -467,8 +518,11 @@ first, val_loss = iter_num, math.inf
 batches, size = micro_batches(iter_num)
 while True:
     if (iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters) and not evaluated:
-        found = evaluate(splits["val"], cfg.eval_rows)
-        val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
+        try:
+            found = evaluate(splits["val"], cfg.eval_rows)
+            val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
+        except Interrupted:
+            leave()
         best_loss = min(best_loss, val_loss)
         say(f"step {iter_num:05d}/{cfg.max_iters:05d} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}" + (" | best" if val_loss == best_loss else ""))
         log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
@@ -493,23 +547,28 @@ while True:
     batches, size = micro_batches(iter_num + 1)                # while the GPU is still busy
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    scaler.step(optimizer)
+    loss_sum, norm, stopping = total_over_ranks(loss_sum.item(), norm.item() / world, len(caught))
+    if math.isfinite(loss_sum + norm):
+        scaler.step(optimizer)
+        in_a_row = 0
+    else:                                                      # this step is left out
+        skipped, in_a_row = skipped + 1, in_a_row + 1
+        if in_a_row == PATIENCE:
+            stop(f"the loss or its gradient was not finite {PATIENCE} steps in a row, up to step {iter_num}: lower --learning_rate, raise --warmup_iters"
+                 + (", or take --dtype=float32" if dtype != "float32" else "") + "; then --resume from the last checkpoint")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
     if iter_num % cfg.log_interval == 0:
-        loss_sum, norm = total_over_ranks(loss_sum.item())[0], norm.item()
-        if not math.isfinite(loss_sum):
-            stop(f"the loss is {loss_sum} at step {iter_num}: lower --learning_rate or raise --warmup_iters, then --resume from the last checkpoint")
-        log(step=iter_num, loss=loss_sum, norm=norm, lr=lr)
+        log(step=iter_num, loss=loss_sum, norm=norm, lr=lr, skipped=skipped)
         dt = (time.time() - t_log) / (iter_num + 1 - first)
         t_log, first = time.time(), iter_num + 1
         say(f"step {iter_num:05d}/{cfg.max_iters:05d} | loss {loss_sum:.4f} | norm {norm:.2f} | lr {lr:.1e} | {dt * 1e3:.1f} ms | {tokens_per_step / dt:,.0f} tok/s"
-            + (f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}" if peak else "") + f" | eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m")
+            + (f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}" if peak else "") + f" | eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m"
+            + f" | skipped {skipped}" * (skipped > 0))
     iter_num += 1
-    if world > 1 and iter_num % cfg.log_interval == 0 and total_over_ranks(len(caught))[0] or world == 1 and caught:
-        save(evaluated=False)
-        stop(f"stopped after step {iter_num}, saved: go on with --resume", 128 + (caught or [signal.SIGTERM])[0])
+    if stopping:
+        leave()
 
 # -----------------------------------------------------------------------------
 # the test set, once, with the checkpoint that validation chose
@@ -518,8 +577,18 @@ seconds += time.time() - t_start
 if world > 1:
     dist.barrier()
 model.load_state_dict(load_checkpoint(best_path, device)["model"])
-found = evaluate(splits["test"], 10**9)
-test_score = score("test", found, 10**9, cfg.beam)
+
+
+def measure(split, data, T):
+    """-> what evaluate found in all of a split, and its score."""
+    try:
+        found = evaluate(data, 10**9)
+        return found, score(split, found, 10**9, cfg.beam, T)
+    except Interrupted:
+        stop("stopped while testing: go on with --resume", 128 + caught[0])
+
+
+found, test_score = measure("test", splits["test"], T_max)
 result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), val_loss=best_loss, test_loss=found["loss"], test_metric=test_score, metric=METRIC,
               n=len(splits["test"]), test=found, trivial=meta["splits"]["test"]["trivial"],
               data=dict(rows=meta["splits"]["train"]["rows"], tokens=int(np.sum(meta["splits"]["train"]["tokens"])), seconds=meta["seconds"]))
@@ -536,13 +605,11 @@ if T_far > T_max and cfg.pos == "learned":
     say(f"{far} at {T_far} tokens: left out, --pos=learned knows no position beyond --block_size={T_max}")
 elif T_far:
     data = Data(far, T_far)
-    found = evaluate(data, 10**9)
-    result["far"] = dict(found, split=far, block_size=T_far, metric=score(far, found, 10**9, cfg.beam, T_far), n=len(data),
+    found, far_score = measure(far, data, T_far)
+    result["far"] = dict(found, split=far, block_size=T_far, metric=far_score, n=len(data),
                          trivial=meta["splits"][far]["trivial"])
     say(f"{far} at up to {T_far} tokens (trained at {T_max}) | loss {found['loss']:.4f} | {METRIC} {result['far']['metric']:.4f} (n={len(data)})"
         + (f" | {by_group(found)}" if "groups" in found else ""))
-if master:
-    with replacing(os.path.join(out, "result.json")) as f:
-        json.dump(result, f, indent=1)
+write(os.path.join(out, "result.json"), lambda f: json.dump(result, f, indent=1))
 if world > 1:
     dist.destroy_process_group()
