@@ -747,6 +747,15 @@ def prepare(name, data_dir="data", force=False, exact=False, source=None, **flag
     settings = {**options, "source": fingerprint(source) if source else None}
 
     folder = Path(data_dir) / name
+    for old in Path(data_dir).glob(f"{name}.tmp-*"):  # left by killed runs
+        try:
+            os.kill(int(old.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            if old.name.endswith("-old") and not folder.exists():  # killed between two renames
+                old.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except (PermissionError, ValueError):
+            pass
     if (folder / "meta.json").exists() and not force:
         meta = load_meta(folder)
         for key, value in settings.items():
@@ -762,13 +771,6 @@ def prepare(name, data_dir="data", force=False, exact=False, source=None, **flag
 
     tmp = Path(data_dir) / f"{name}.tmp-{os.getpid()}"
     try:
-        for old in Path(data_dir).glob(f"{name}.tmp-*"):  # left by killed runs
-            try:
-                os.kill(int(old.name.split("-")[1]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(old)
-            except (PermissionError, ValueError):
-                pass
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         started = time.time()
