@@ -472,6 +472,7 @@ class Fourier(nn.Module):
         check(not causal, "--mixer=fourier mixes the whole sequence and cannot be causal: use it with --arch=encoder")
 
     def forward(self, x, mask=None, pos=None):
+        check(x.size(1) >= 1, "a sequence needs at least one token")
         if mask is None:
             return torch.fft.fft2(x.float(), norm="ortho").real.to(x.dtype)
         n, t, T = lengths(mask)[:, None], torch.arange(x.size(1), device=x.device), x.size(1)
@@ -648,6 +649,7 @@ class Wavspa(nn.Module):
     def forward(self, x, mask=None):
         if mask is not None:
             x = x * mask[..., None]
+        check(x.size(1) >= 1, "a sequence needs at least one token")
         if self.kind == "conv":
             n, T = len(self.taps), x.size(1)
             x = F.pad(x, (0, 0, n // 2 - 1, n // 2))
@@ -911,7 +913,7 @@ def read_backward(phi, q, S, y, den, dy):                      # -> the gradient
 
 
 def chunk_of(x):                                               # tokens whose sums are taken as a triangle
-    return min(x.size(2), 32 if x.device.type == "cpu" else 128)
+    return min(max(x.size(2), 1), 32 if x.device.type == "cpu" else 128)
 
 
 def before(S, each):                                           # S before the first chunk, each chunk's own sum (b, h, n, m, e) -> S before each, S after all
@@ -1336,6 +1338,7 @@ class WaveletTransformer(nn.Module):
         return 6 * weights + cfg.n_layer * cfg.n_embd * mix.get(cfg.mixer, 0)
 
     def embed(self, idx, start=0):
+        check(idx.size(1) >= 1, "a sequence needs at least one token")
         x = self.wte(idx)
         if self.wpe is not None:
             end = start + idx.size(1)

@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
@@ -809,7 +810,14 @@ class Parser(argparse.ArgumentParser):
     """argparse with one line a mistake: the nearest known flag, no abbreviations; --flag, --flag=0 and --flag=False."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        lines, width = [], min(80, shutil.get_terminal_size().columns)
+        for line in description.split("\n"):
+            command, _, comment = line.partition(" # ")
+            if len(line) < width or line.startswith(" "):
+                lines += [line] if len(line) < width else [f"    # {comment.strip()}", command.rstrip()]
+            else:
+                lines += textwrap.wrap(line, width - 1)
+        super().__init__(description="\n".join(lines), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.to = self
         sys.excepthook = stopped
 
@@ -829,6 +837,8 @@ class Parser(argparse.ArgumentParser):
                     if low <= kind(s) <= high:
                         return kind(s)
                 self.error(f"{flag}={s} must be a {word} from {low:g} to {high:g}")
+        if len("".join(kw.get("choices") or ())) > 40:
+            kw["metavar"], help = "NAME", help or ", ".join(kw["choices"])
         shown = "" if kw.get("default") is None else f" [{kw['default']}]"
         self.to.add_argument(flag, type=type, help=(help + shown).replace("%", "%%") or " ", **kw)
 

@@ -2,8 +2,8 @@
 Use a trained checkpoint: an encoder-decoder translates, a decoder continues text, an encoder classifies.
 
     python sample.py --start="four hundred and twenty-one"
-    python sample.py --out_dir=out-multi30k --input=test.en --output=test.de --beam=4
-    python sample.py --out_dir=out-text --start=FILE:prompt.txt --max_new_tokens=200 --temperature=0.8 --top_k=50
+    python sample.py --out_dir=out --input=test.en --output=test.de --beam=4
+    python sample.py --out_dir=out-text --start=FILE:prompt.txt --top_k=50
     python sample.py --show=wavelets          # what the wavelet layers have learned, as a table and a PNG
 
 A checkpoint carries its tokenizer, so nothing else is needed; one that was trained on a GPU runs on a CPU.

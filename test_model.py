@@ -493,6 +493,21 @@ def test_half_precision(text, causal, monkeypatch):  # catches: a sum over T in 
     error = lambda y: ((y - want).square().mean() / want.square().mean()).sqrt().item()
     assert error(bf16) < 0.02 and error(m.half()(x.half())) < 0.005
 
+@each("text", [*VARIANTS, "fourier", "wavspa inner=fourier"])
+@torch.no_grad()
+def test_extremes(text, monkeypatch):  # catches: 300^2 in float16, a division by nothing seen, a length of zero or one, 65,536 ones added up in half precision
+    monkeypatch.undo()
+    for causal in {False, "fourier" not in text}:
+        m, none = mixer(text, causal), torch.zeros(2, 9, dtype=torch.bool)
+        for y in (m(torch.zeros(2, 9, 16)), m(rand(2, 9, 16), none), m(rand(2, 1, 16)), copy.deepcopy(m).half()(300 * rand(1, 64, 16).half())):
+            assert y.isfinite().all()
+        with contextlib.suppress(ValueError):                  # "a sequence needs at least one token"
+            assert m(torch.zeros(2, 0, 16)).shape == (2, 0, 16)
+        if text.startswith(("haar", "wersa")) and text.split()[-1] in ("haar", "wersa", "haar_causal=partial", "beta=1.5"):
+            x = torch.ones(1, 65536, 16)
+            y, want = copy.deepcopy(m).half()(x.half()), m(x)
+            assert (y - want).abs().max() < 0.02 * want.abs().max()
+
 # -----------------------------------------------------------------------------
 # the model
 
@@ -1530,6 +1545,7 @@ def test_readme_commands_parse_and_the_snippet_runs():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         scripts = sorted({c.split()[0] for c in commands})
         flags = {s: set(re.findall(r"--\w+", text)) for s, text in zip(scripts, pool.map(lambda s: run(s, "--help", cwd=HERE), scripts))}
+    assert not [line for s in scripts for line in run(s, "--help", cwd=HERE).splitlines() if len(line) > 80]
     for c in commands:
         script, *words = shlex.split(c)
         assert {w.split("=")[0] for w in words if w.startswith("--")} <= flags[script], c

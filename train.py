@@ -5,7 +5,7 @@ Train a wavelet encoder-decoder (or encoder, or decoder): one GPU, one CPU, or m
     python train.py --dataset=multi30k --mixer=attention --out_dir=out-multi30k
     python train.py --resume                                             # go on where out/ckpt.pt stopped
     torchrun --standalone --nproc_per_node=4 train.py --mixer=haar       # 4 GPUs, or 4 CPU processes
-    torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py ...   # on each of 2 nodes
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 ...   # and node_rank=1 on the other node
 
 A step is batch_size * gradient_accumulation_steps rows, however many processes share them: data order and dropout are
 functions of (seed, step), so a run may be killed, resumed, and resumed on another number of processes.
@@ -54,7 +54,7 @@ p.add("--data_dir", default="data", help="where prepare_data.py puts data sets")
 p.add("--out_dir", default="out", help="checkpoints, log.csv, config.json; an earlier run found there is moved aside")
 p.add("--resume", type=bool, default=False, help="go on from out_dir/ckpt.pt, with its settings; start anew where there is none")
 p.add("--leak", type=bool, default=False, help="allow a decoder with --haar_causal=literal, which reads its own labels")
-p.section("model (a data set sets arch, vocab_size, block_size, n_classes, pool and cross_ratio)")
+p.section("model (a data set sets arch, vocab_size, block_size, n_classes, pool)")
 comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(ModelConfig), re.M))
 for f in dataclasses.fields(ModelConfig):
     p.add(f"--{f.name}", type=f.type, default=f.default, choices=CHOICES.get(f.name), help=comments.get(f.name, ""))
