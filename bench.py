@@ -2,14 +2,17 @@
 Measure: what every variant promises, and what trained models score.
 
     python bench.py speed                                        # time and memory against flash attention, crossovers, a plot
+    python bench.py steps --nanogpt=DIR                          # training steps, tokens a second, beside nanoGPT's
     python bench.py variants                                     # each variant's reconstruction, leak, step error, state size
     python bench.py quality --suite=decoders --source=my.txt     # train a grid, one row of results/SUITE.csv per run
-    python bench.py report                                       # results/*.csv -> the README's tables
+    python bench.py report                                       # results/*.csv -> the README's tables and figures
 
 A suite's rows that are already in its CSV are skipped, so it may be stopped at any time and started again.
 """
 
 import csv
+import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -23,7 +26,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from itertools import product, takewhile
 from multiprocessing import get_context
 from pathlib import Path
@@ -155,17 +158,17 @@ SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest 
     "copy": ("copy", False, "copy", {}, 8192),
 }
 STORED = {"flash SDPA": "softmax, matrix stored", "flash SDPA causal": "softmax causal, matrix stored"}
-CLAIMS = [  # (what, against, T, mode, median or memory): the ratios that people ask for first
-    ("wersa m=1024", "flash SDPA", 8192, "forward and backward", "median"),
-    ("wersa m=1024", "wersa m=1024, features stored", 8192, "forward and backward", "median"),
-    ("wersa m=1024", "wersa m=1024, features stored", 8192, "forward and backward", "memory"),
-    ("wersa m=1024", "flash SDPA", 32768, "forward and backward", "memory"),
-    ("wersa", "flash SDPA", 8192, "forward and backward", "median"),
-    ("wersa causal", "flash SDPA causal", 8192, "forward and backward", "median"),
-    ("haar", "flash SDPA", 8192, "forward and backward", "median"),
-    ("haar, no projection", "copy", 8192, "forward", "median"),
-    ("haar atrous, L=8", "flash SDPA causal", 8192, "forward and backward", "median"),
-    ("wavspa, 1 level", "flash SDPA", 8192, "forward and backward", "median"),
+CLAIMS = [  # (what, against, T, mode, median or memory, what we aim at): the ratios that people ask for first
+    ("wersa m=1024", "flash SDPA", 8192, "forward and backward", "median", "3"),
+    ("wersa m=1024", "wersa m=1024, features stored", 8192, "forward and backward", "median", "4"),
+    ("wersa m=1024", "wersa m=1024, features stored", 8192, "forward and backward", "memory", "6"),
+    ("wersa m=1024", "flash SDPA", 32768, "forward and backward", "memory", "at most 1.5"),
+    ("wersa", "flash SDPA", 8192, "forward and backward", "median", "12"),
+    ("wersa causal", "flash SDPA causal", 8192, "forward and backward", "median", "5"),
+    ("haar", "flash SDPA", 8192, "forward and backward", "median", "50"),
+    ("haar, no projection", "copy", 8192, "forward", "median", "at most 6"),
+    ("haar atrous, L=8", "flash SDPA causal", 8192, "forward and backward", "median", "15"),
+    ("wavspa, 1 level", "flash SDPA", 8192, "forward and backward", "median", "1.6"),
 ]
 MODES = {"forward and backward": True, "forward": False}
 
@@ -208,7 +211,7 @@ def cell(job):
             for _ in range(64):
                 _, state = m.step(x, state)
             sync(), seconds.append((time.perf_counter() - began) / 64)
-            if sum(seconds) > 0.01:                            # a cache so long that its speed is not in question
+            if seconds[-1] > 0.01:                             # a cache so long that its speed is not in question
                 break
         return {mode: dict(seconds=seconds, memory=None)}
     x = torch.randn(card["batch"], T, card["n_embd"], device=card["device"], dtype=getattr(torch, card["dtype"]), requires_grad=True)
@@ -345,15 +348,23 @@ def speed_tables(result):
             c, r = at.get((name, T, "forward and backward")), ratios(name, T, "forward and backward", "memory")
             row.append("" if not c else "out of memory" if not c["n"] else f"{c['memory'] / 2**20:.1f}{r}")
         yield f"| {name} | " + " | ".join(row) + " |"
+    yield "\n" + "\n".join(speed_summary(result))
+
+
+def speed_summary(result):
+    """The ratios that people ask for first, the crossovers and exponents, what decoding takes."""
+    at, names = {(c["arm"], c["T"], c["mode"]): c for c in result["cells"]}, list(dict.fromkeys(c["arm"] for c in result["cells"]))
+    yield "| what | against | at T= | measured | aim |\n|---|---|---|---|---|"
+    for what, against, T, mode, key, aim in CLAIMS:
+        a, b = at.get((what, T, mode)), at.get((against, T, mode))
+        if a and b and a[key] and b[key]:
+            r = b[key] / a[key]
+            least = f"{1 / r:.2f} times its {'time' if key == 'median' else 'memory'}" if aim.startswith("at most") else f"{r:.2f} times {'faster' if key == 'median' else 'less memory'}"
+            yield f"| {what}, {mode} | {against} | {T:,} | {least} | {aim} |"
     yield "\n| | faster from T= | less memory from T= | exponent of time | of memory |\n|---|---|---|---|---|"
     for name in names:
         c, e = result["crossover"].get(name, {}), result["exponent"].get(name, {})
         yield f"| {name} | {c.get('median', '-')} | {c.get('memory', '-')} | " + " | ".join(f"{e[k]:.2f}" if k in e else "-" for k in ("median", "memory")) + " |"
-    yield "\n| what | against | at T= | |\n|---|---|---|---|"
-    for what, against, T, mode, key in CLAIMS:
-        a, b = at.get((what, T, mode)), at.get((against, T, mode))
-        if a and b and a[key] and b[key]:
-            yield f"| {what}, {mode} | {against} | {T:,} | {b[key] / a[key]:.2f} times {'faster' if key == 'median' else 'less memory'} |"
     positions = sorted({c["T"] for c in result["cells"] if c["mode"] == "decode"})
     if positions:
         yield "\n| decode, ms a token | " + " | ".join(f"at {t:,}" for t in positions) + " | ratio |\n|---|" + "---|" * (len(positions) + 1)
@@ -400,6 +411,42 @@ def profile(arms, card):
         with torch.profiler.profile() as p:
             m(x).sum().backward()
         print(f"\n{name}\n" + p.key_averages().table(sort_by=f"self_{card['device']}_time_total", row_limit=8, max_name_column_width=40))
+
+
+def steps(args):
+    """Tokens a second of whole training steps, ours and by turns nanoGPT's own GPT (--nanogpt, a copy of github.com/karpathy/nanoGPT),
+    at the shapes of its Shakespeare example for this device."""
+    cuda = torch.cuda.is_available()
+    device, shape = ("cuda", dict(n_layer=6, n_head=6, n_embd=384, block_size=256)) if cuda else ("cpu", dict(n_layer=4, n_head=4, n_embd=128, block_size=64))
+    B, arms = 64 if cuda else 12, {f"{m}, learned positions": dict(mixer=m, pos="learned") for m in ("attention", "haar", "wersa")} | {"attention, rotary": dict(mixer="attention")}
+    arms = {name: model.WaveletTransformer(ModelConfig(arch="decoder", vocab_size=65, **shape, **kw)) for name, kw in arms.items()}
+    if args.nanogpt:
+        spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(args.nanogpt, "model.py"))
+        sys.modules["nanogpt"] = theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        with redirect_stdout(None):
+            arms = {"nanoGPT": theirs.GPT(theirs.GPTConfig(vocab_size=65, dropout=0.0, bias=False, **shape))} | arms
+    idx, seconds = torch.randint(1, 65, (2, B, shape["block_size"]), device=device), {name: [] for name in arms}
+    with redirect_stdout(None):
+        arms = {name: (torch.compile(m.to(device)) if cuda else m, m.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)) for name, m in arms.items()}
+    keep_freed_pages()
+    for turn in range(21):
+        for name, (net, optimizer) in arms.items():
+            began = time.perf_counter()
+            for _ in range(10):
+                with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+                    loss = net(*idx)[1]
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            loss.item()
+            if turn:                                           # the first warms up
+                seconds[name].append((time.perf_counter() - began) / 10)
+    first = statistics.median(seconds[next(iter(seconds))])
+    print(f"{torch.cuda.get_device_name() if cuda else cpu_name()}, torch {torch.__version__}, {git_state()}: {B} rows of {shape['block_size']} tokens, {shape}\n\n| | tokens a second | against the first |\n|---|---|---|")
+    for name, s in seconds.items():
+        print(f"| {name} | {idx[0].numel() / statistics.median(s):,.0f} | {first / statistics.median(s):.2f} |")
 
 
 def cpu_name():
@@ -490,9 +537,16 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, gains not adaptive": ["--mixer=wersa", "--wersa_adaptive=False"]}
 for name, base, arms in (("listops", LISTOPS, WERSA | MORE), ("recall", RECALL, WERSA), ("imdb", IMDB, {k: v for k, v in WERSA.items() if "exp" not in k})):
     SUITES[f"wersa_{name}"] = dict(seeds=(1, 2, 3), rates=(3e-3,), base=base, arms=arms, prepare=SHORT)
+SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1"])   # alone on the machine
+SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, arms={
+    **{f"numbers: {arm}": flags for arm, flags in list(SUITES["lmwt"]["arms"].items())[:3]},
+    **{f"listops: {arm}": ["--dataset=listops", "--batch_size=32", *flags] for arm, flags in WAVSPA.items()},
+    **{f"recall: {arm}": ["--dataset=recall", *flags] for arm, flags in WERSA.items()},
+})
+SUITES["smoke"]["arms"] = {arm: [f for f in flags if not f.startswith("--n_embd")] for arm, flags in SUITES["smoke"]["arms"].items()}
 SUITES["tasks"] = dict(seeds=(1337,), rates=(2e-3,), base=[], arms={arm: flags.split() for arm, flags in TASKS.items()}, prepare={
     "listops": dict(min_len=10, max_len=100), "pathfinder": dict(rows=20_000), "wmt16": dict(vocab_size=4000), "recall": dict(n_pairs=8, n_keys=32), "text": dict(tokenizer="bytes")})
-COLUMNS = ("suite arm seed learning_rate params steps seconds val_loss test_loss test_metric metric n trivial groups far state_bytes moved data_rows data_tokens data_seconds "
+COLUMNS = ("suite arm seed learning_rate params steps seconds val_loss test_loss test_metric metric n trivial groups far moved data_rows data_tokens data_seconds "
            "git machine torch threads flags").split()
 LOWER = ("bits per byte",)                                     # metrics of which less is better
 
@@ -530,7 +584,7 @@ def quality(args):
             trained, *_ = load_model(f"{out}/run/best.pt")
         row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate_of(arm, rate), git=git, torch=torch.__version__, threads=threads,
                    machine=cpu_name(), flags=" ".join(flags[:-1]), trivial=json.dumps(result["trivial"]), groups=json.dumps(result["test"].get("groups", {})),
-                   state_bytes=decoder_state(trained), moved=json.dumps({name: [round(row[0], 4) for row in rows] for name, rows in learned(trained).items()}), far=json.dumps(result.get("far", {})), **{f"data_{k}": v for k, v in result["data"].items()})
+                   moved=json.dumps({name: [round(row[0], 4) for row in rows] for name, rows in learned(trained).items()}), far=json.dumps(result.get("far", {})), **{f"data_{k}": v for k, v in result["data"].items()})
         with writing:                                          # the file is rewritten as a whole, so that a kill leaves the old one or the new one
             rows = [*read_rows(path), row]
             path.parent.mkdir(exist_ok=True)
@@ -544,48 +598,146 @@ def quality(args):
         list(pool.map(one, todo))
 
 
-def decoder_state(m):
-    """Bytes that decoding keeps once the block is full, of a decoder alone."""
-    if m.config.arch == "decoder":
-        return state_bytes(fast_forward(m.init_state(1)["mixers"], m.config.block_size))
-
-
-def table(path):
-    """One suite's CSV -> a Markdown table, mean ± std over seeds at each arm's best rate, best arm first. Where the arms
-    are data sets: each with its size and its trivial scores."""
+def arms_of(path):
+    """A suite's CSV -> {arm: its rows at the learning rate that is best on val}."""
     arms = {}
     for r in read_rows(path):
         arms.setdefault(r["arm"], {}).setdefault(r["learning_rate"], []).append(r)
-    mean = lambda rs, key="test_metric": statistics.mean(float(r[key]) for r in rs)
-    best = {arm: (min if next(iter(rates.values()))[0]["metric"] in LOWER else max)(rates.values(), key=mean) for arm, rates in arms.items()}
-    metrics, std = {rs[0]["metric"] for rs in best.values()}, lambda rs: f" ± {statistics.stdev(float(r['test_metric']) for r in rs):.3f}" if len(rs) > 1 else ""
-    shared = len({(r["n"], r["metric"]) for rs in best.values() for r in rs}) == 1         # one test set
-    if shared:
-        lines = ["| arm | parameters | %s, test | n | learning rate | seconds |" % metrics.pop(), "|---|---|---|---|---|---|"]
-        order = sorted(best.values(), key=mean, reverse=best[next(iter(best))][0]["metric"] not in LOWER)
-    else:
+    return {arm: min(rates.values(), key=lambda rs: statistics.mean(float(r.get("val_loss") or 0) for r in rs)) for arm, rates in arms.items()}
+
+
+def mean_std(values):
+    """-> mean, sample standard deviation or None."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def said(values):
+    mean, std = mean_std(values)
+    return f"{mean:.3f}" + (f" ± {std:.3f}" if std is not None else "")
+
+
+def table(path):
+    """One suite's CSV -> a Markdown table, mean ± standard deviation over n seeds, best arm first, trivial scores last. Where the
+    arms are data sets: each with its size and its trivial scores."""
+    arms = arms_of(path)
+    first, score = next(iter(arms.values()))[0], lambda rs, key="test_metric": [float(r[key]) for r in rs]
+    trivial = lambda r: ", ".join(f"{name} {v:.3f}" for name, v in json.loads(r.get("trivial") or "{}").items())
+    far = lambda r: json.loads(r.get("far") or "{}")
+    if len({(r["n"], r["metric"]) for rs in arms.values() for r in rs}) > 1:               # several test sets
         lines = ["| arm | rows | tokens | prepared in | test score | trivial | steps |", "|---|---|---|---|---|---|---|"]
-        order = list(best.values())
-    for rs in order:
-        r, score, seconds = rs[0], f"{mean(rs):.3f}{std(rs)}", statistics.median(float(r["seconds"]) for r in rs)
-        if shared:
-            lines.append(f"| {r['arm']} | {int(r['params']):,} | {score} | {len(rs)} | {r['learning_rate']} | {seconds:.0f} |")
-        else:
-            trivial = ", ".join(f"{name} {v:.3f}" for name, v in json.loads(r["trivial"]).items())
-            lines.append(f"| {r['arm']} | {int(r['data_rows']):,} | {int(r['data_tokens']):,} | {float(r['data_seconds']):.1f} s | {r['metric']} {score} | {trivial} | {r['steps']} |")
+        for arm, rs in arms.items():
+            r = rs[0]
+            lines.append(f"| {arm} | {int(r['data_rows']):,} | {int(r['data_tokens']):,} | {float(r['data_seconds']):.1f} s | {r['metric']} {said(score(rs))} | {trivial(r)} | {r['steps']} |")
+        return "\n".join(lines)
+    beyond = far(first)
+    lines = [f"| arm | parameters | {first['metric']}, test |" + (f" at up to {beyond['block_size']} tokens |" if beyond else "") + " test loss | n |", "|---|---|---|---|---|" + "---|" * bool(beyond)]
+    for arm, rs in sorted(arms.items(), key=lambda x: mean_std(score(x[1]))[0], reverse=first["metric"] not in LOWER):
+        lines.append(f"| {arm} | {int(rs[0]['params']):,} | {said(score(rs))} |" + (f" {said([far(r)['metric'] for r in rs])} |" if beyond else "") + f" {said(score(rs, 'test_loss'))} | {len(rs)} |")
+    if trivial(first):
+        lines.append(f"\nWhat knows nothing: {trivial(first)}" + (f"; at up to {beyond['block_size']} tokens: " + ", ".join(f"{k} {v:.3f}" for k, v in beyond["trivial"].items()) if beyond else "") + ".")
     return "\n".join(lines)
 
 
+def bars(ax, arms, title):
+    """Every arm's score, mean and standard deviation."""
+    order = sorted(arms, key=lambda arm: mean_std([float(r["test_metric"]) for r in arms[arm]])[0])
+    for i, arm in enumerate(order):
+        mean, std = mean_std([float(r["test_metric"]) for r in arms[arm]])
+        ax.barh(i, mean, xerr=std or 0, color="tab:gray" if arm.startswith("control") else "tab:blue" if "attention" == arm else "tab:orange")
+    ax.set(yticks=range(len(order)), yticklabels=order, title=title, xlabel=next(iter(arms.values()))[0]["metric"])
+    for name, v in json.loads(next(iter(arms.values()))[0].get("trivial") or "{}").items():
+        ax.axvline(v, color="black", ls=":", lw=1)
+
+
+def curve(ax, arms, pattern, xlabel, default=None):
+    """The score of the arms that pattern matches, against the number in their name."""
+    points = sorted((int(m[1]), *mean_std([float(r["test_metric"]) for r in rs])) for arm, rs in arms.items() if (m := re.fullmatch(pattern, arm)))
+    points = sorted(points + [(default[0], *mean_std([float(r["test_metric"]) for r in arms[default[1]]]))] if default and default[1] in arms else points)
+    x, y, e = zip(*points)
+    ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3)
+    ax.axhline(mean_std([float(r["test_metric"]) for r in arms["attention"]])[0], ls="--", color="tab:gray", label="attention")
+    ax.set(xlabel=xlabel, ylabel=next(iter(arms.values()))[0]["metric"]), ax.legend()
+
+
+def by_group(ax, arms, xlabel):
+    """Accuracy by group, within what was trained and beyond."""
+    for arm, rs in arms.items():
+        found = [json.loads(r["groups"]) | json.loads(r["far"]).get("groups", {}) for r in rs]
+        x = sorted(map(int, found[0]))
+        ax.plot(x, [statistics.mean(f[str(g)] for f in found) for g in x], marker="o", ls="--" if "L=0" in arm else "-", label=arm)
+    ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy", xticks=x, xticklabels=x), ax.legend(fontsize=8), ax.minorticks_off()
+
+
+def moved(ax, rs, title):
+    """How far the taps of each layer went from where they began, by level."""
+    found = [json.loads(r["moved"]) for r in rs]
+    for layer in found[0]:
+        ax.plot(range(1, len(found[0][layer]) + 1), np.mean([f[layer] for f in found], 0), marker="o", label=layer.removesuffix(".mixer"))
+    ax.set(xlabel="level", ylabel="RMS distance", title=title, ylim=(0, None)), ax.legend(fontsize=7)
+
+
+def config_of(flags):
+    """The mixer that a run's flags name, for what can be told without its weights."""
+    fields = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
+    words = {k: v for k, _, v in (f.removeprefix("--").partition("=") for f in flags.split()) if k in fields}
+    return ModelConfig(arch="decoder", **{k: fields[k](v) if fields[k] is not bool else v.lower() not in ("false", "0") for k, v in words.items()})
+
+
+def state_against(ax, arms, times):
+    """Bits per byte against the seconds of a training step, and against the bytes of state per token of context."""
+    for arm, rs in arms.items():
+        y, e = mean_std([float(r["test_metric"]) for r in rs])
+        cfg = config_of(rs[0]["flags"])
+        size = state_bytes(fast_forward(model.WaveletTransformer(cfg).init_state(1)["mixers"], cfg.block_size)) / cfg.block_size
+        for a, x in ((ax[0], float(times[arm][0]["seconds"]) / int(times[arm][0]["steps"]) if arm in times else None), (ax[1], size)):
+            if x:
+                a.errorbar([x], [y], [e or 0], marker="o", capsize=3)
+                a.annotate(arm, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    ax[0].set(xlabel="seconds of a training step, one core", ylabel="bits per byte, test", xlim=(0, None))
+    ax[1].set(xlabel=f"bytes of decoding state per token of context, at {cfg.block_size}", xscale="log")
+
+
+def figures(folder):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    have = {path.stem: arms_of(path) for path in sorted((HERE / "results").glob("*.csv"))}
+
+    def draw(name, needs, n, fill, size=(11, 4)):
+        if needs <= have.keys():
+            figure, axes = plt.subplots(1, n, figsize=size, layout="constrained")
+            fill(axes)
+            figure.savefig(folder / f"{name}.png", dpi=100, metadata=dict(Software=None))
+            plt.close(figure)
+    draw("lmwt", {"lmwt"}, 1, lambda ax: bars(ax, have["lmwt"], "numbers: how the mixer and its reading of the source score"), (8, 4))
+    draw("wavspa", {"wavspa_listops"}, 1, lambda ax: bars(ax, have["wavspa_listops"], "short ListOps: wavelet space, and controls"), (8, 5))
+    draw("wersa", {"wersa_listops"}, 2, lambda ax: (curve(ax[0], have["wersa_listops"], r"wersa, L=(\d+)", "levels, short ListOps"),
+                                                  curve(ax[1], have["wersa_listops"], r"wersa, L=2, m=(\d+)", "features per head, short ListOps", (60, "wersa, L=2")), ax[1].set_xscale("log")))
+    draw("recall", {"wersa_recall"}, 1, lambda ax: by_group(ax, have["wersa_recall"], "pairs in the row (trained on 1 to 4)"), (8, 4.5))
+    draw("decoders", {"decoders", "decoders_time"}, 2, lambda ax: state_against(ax, have["decoders"], have["decoders_time"]))
+    draw("taps", {"lmwt", "wavspa_listops"}, 2, lambda ax: (moved(ax[0], have["lmwt"]["haar, aligned cross"], "haar on numbers"),
+                                                            moved(ax[1], have["wavspa_listops"]["attention in ada"], "ada on ListOps: all levels share their taps")))
+
+
 def report(args):
-    for path in sorted((HERE / "results").glob("*.csv")):
-        print(f"<!-- {path.stem} -->\n{table(path)}\n<!-- end -->\n")
+    """results/*.csv -> the tables between <!-- SUITE --> and <!-- end --> in README.md, and the figures."""
+    path = HERE / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"<!-- (\w+) -->", text):
+        if name != "end":
+            new = "\n".join(speed_summary(json.load(open(HERE / "results" / "speed.json")))) if name == "speed" else table(HERE / "results" / f"{name}.csv")
+            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
+            print(f"{name}\n\n{new}\n")
+    with replacing(path) as f:
+        f.write(text)
+    figures(HERE / "results")
 
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # | head is no error
     p = Parser(description=__doc__)
-    p.add("what", choices=["speed", "variants", "quality", "report"], help="what to measure")
+    p.add("what", choices=["speed", "steps", "variants", "quality", "report"], help="what to measure")
     p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings")
     p.add("--source", help="where the suite's data set comes from: a text for decoders, a folder for multi30k")
     p.add("--data_dir", default="data")
@@ -599,6 +751,7 @@ if __name__ == "__main__":
     for what in ("csv", "json", "md", "png"):
         p.add(f"--{what}", help=f"write the result to this .{what} too")
     p.add("--compare", help="an earlier --json file: print how many times faster each cell is now")
+    p.add("--nanogpt", help="steps: a copy of nanoGPT to be timed beside ours")
     p.add("--profile", type=bool, default=False, help="where the time goes, instead of the table")
     args = p.parse_args()
-    {"speed": speed, "variants": variants, "quality": quality, "report": report}[args.what](args)
+    {"speed": speed, "steps": steps, "variants": variants, "quality": quality, "report": report}[args.what](args)

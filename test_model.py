@@ -1496,7 +1496,7 @@ def test_speed_bench(tmp_path):
     cells = {(c["arm"], c["T"], c["mode"]): c for c in result["cells"]}
     assert {c[0] for c in cells} == {"flash SDPA causal", "wersa causal"} and len(cells) == 12
     for c in cells.values():
-        assert c["p20"] <= c["median"] <= c["p80"] and c["n"] >= 3
+        assert c["p20"] <= c["median"] <= c["p80"] and c["n"] >= (1 if c["mode"] == "decode" else 3)
     assert all(cells["wersa causal", T, "forward and backward"]["memory"] > 2**12 * T // 64 for T in (64, 512))
     faster = [cells["wersa causal", T, "forward and backward"]["median"] < cells["flash SDPA causal", T, "forward and backward"]["median"] for T in (64, 512)]
     assert result["crossover"]["wersa causal"]["median"] == (64 if all(faster) else 512 if faster[1] else "not reached up to 512")
