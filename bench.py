@@ -415,10 +415,13 @@ def profile(arms, card):
 
 def steps(args):
     """Tokens a second of whole training steps, ours and by turns nanoGPT's own GPT (--nanogpt, a copy of github.com/karpathy/nanoGPT),
-    at the shapes of its Shakespeare example for this device."""
+    at the shapes of its Shakespeare example for this device; or of 2 rows of --lengths tokens."""
     cuda = torch.cuda.is_available()
     device, shape = ("cuda", dict(n_layer=6, n_head=6, n_embd=384, block_size=256)) if cuda else ("cpu", dict(n_layer=4, n_head=4, n_embd=128, block_size=64))
-    B, arms = 64 if cuda else 12, {f"{m}, learned positions": dict(mixer=m, pos="learned") for m in ("attention", "haar", "wersa")} | {"attention, rotary": dict(mixer="attention")}
+    B = 64 if cuda else 12
+    if args.lengths:                                           # the WERSA paper's small model on one long text
+        B, shape = 2, dict(n_layer=2, n_head=4, n_embd=64, block_size=int(args.lengths))
+    arms = {f"{m}, learned positions": dict(mixer=m, pos="learned") for m in ("attention", "haar", "wersa")} | {"attention, rotary": dict(mixer="attention")}
     arms = {name: model.WaveletTransformer(ModelConfig(arch="decoder", vocab_size=65, **shape, **kw)) for name, kw in arms.items()}
     if args.nanogpt:
         spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(args.nanogpt, "model.py"))
@@ -430,10 +433,11 @@ def steps(args):
     with redirect_stdout(None):
         arms = {name: (torch.compile(m.to(device)) if cuda else m, m.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)) for name, m in arms.items()}
     keep_freed_pages()
-    for turn in range(21):
+    n = 1 if args.lengths else 10
+    for turn in range(4 if args.lengths else 21):
         for name, (net, optimizer) in arms.items():
             began = time.perf_counter()
-            for _ in range(10):
+            for _ in range(n):
                 with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
                     loss = net(*idx)[1]
                 loss.backward()
@@ -442,11 +446,11 @@ def steps(args):
                 optimizer.zero_grad(set_to_none=True)
             loss.item()
             if turn:                                           # the first warms up
-                seconds[name].append((time.perf_counter() - began) / 10)
+                seconds[name].append((time.perf_counter() - began) / n)
     first = statistics.median(seconds[next(iter(seconds))])
-    print(f"{torch.cuda.get_device_name() if cuda else cpu_name()}, torch {torch.__version__}, {git_state()}: {B} rows of {shape['block_size']} tokens, {shape}\n\n| | tokens a second | against the first |\n|---|---|---|")
+    print(f"{torch.cuda.get_device_name() if cuda else cpu_name()}, torch {torch.__version__}, {git_state()}: {B} rows of {shape['block_size']} tokens, {shape}\n\n| | ms a step | tokens a second | against the first |\n|---|---|---|---|")
     for name, s in seconds.items():
-        print(f"| {name} | {idx[0].numel() / statistics.median(s):,.0f} | {first / statistics.median(s):.2f} |")
+        print(f"| {name} | {statistics.median(s) * 1e3:.1f} | {idx[0].numel() / statistics.median(s):,.0f} | {first / statistics.median(s):.2f} |")
 
 
 def cpu_name():
@@ -743,7 +747,7 @@ if __name__ == "__main__":
     p.add("--data_dir", default="data")
     p.add("--jobs", type=int, default=1, help="trainings at a time, sharing the cores")
     p.section("speed")
-    p.add("--lengths", help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU")
+    p.add("--lengths", help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU; steps: one length, for 2 rows of a small model")
     p.add("--only", help="arms whose name holds this")
     p.add("--n_embd", type=int, default=128)
     p.add("--n_head", type=int, default=4)

@@ -747,6 +747,14 @@ class Wavspa(nn.Module):
 # wersa: linear attention over wavelet-filtered queries and keys
 
 
+def trailing_means(x, levels, delay=delayed):
+    """x (..., T, C), or (B, C) in a step -> [x, the mean of the last 2 tokens, of 4, ..., of 2^levels]."""
+    half, out = x.new_full((1, 2), 0.5), [x]
+    for l in range(levels):
+        out += mix(half, *delay(out[-1], 2 ** l))
+    return out
+
+
 def block_bands(u, w, d=None):
     """y = sum_l w_l mean_l(u), mean_l over the 2^l-block that a token lies in, l = 0..L: u (b, h, c, dh), w (b, h, 1, L+1), zeros
     beyond c. Given d, the gradient at y: those at u and w, by the same sum, since a mean over blocks is its own transpose."""
@@ -765,9 +773,7 @@ def block_bands(u, w, d=None):
 
 def trailing_bands(u, w, d=None):
     """block_bands for a decoder: mean_l over the last 2^l tokens, and w (b, h, T, L+1) each token's own."""
-    means = [u]
-    for l in range(w.size(-1) - 1):
-        means += mix(u.new_full((1, 2), 0.5), *delayed(means[-1], 2 ** l))
+    means = trailing_means(u, w.size(-1) - 1)
     y = (means[-1] if d is None else d) * w[..., -1:]
     if d is None:
         for l in range(len(means) - 1):
@@ -778,14 +784,6 @@ def trailing_bands(u, w, d=None):
         y[:, :, :late.size(2)].add_(late, alpha=0.5)
         y.addcmul_(d, w[..., l:l + 1])
     return y, torch.stack([(d * m).sum(-1) for m in means], -1)
-
-
-def trailing_means(x, levels, ring):
-    """The means of trailing_bands in a step: x (B, C) -> [x, the mean of the last 2 tokens, of 4, ..., of 2^levels]."""
-    half, out = x.new_full((1, 2), 0.5), [x]
-    for l in range(levels):
-        out += mix(half, *ring(out[-1], 2 ** l))
-    return out
 
 
 def phi(x, R, kind, query=False, s=1.0):
