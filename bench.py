@@ -520,12 +520,12 @@ SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_siz
 WAVSPA = {
     **{m: [f"--mixer={m}", f"--n_embd={n}"] for m, n in (("attention", 64), ("wersa", 60), ("fourier", 80))},
     **{f"attention in {p}": ["--mixer=wavspa", f"--wavelet_params={p}", "--levels=2"] for p in ("fixed", "ada", "ortho", "lift")},
-    **{f"{m} in ortho": ["--mixer=wavspa", "--levels=2", f"--inner={m}", f"--n_embd={n}"] for m, n in (("wersa", 56), ("fourier", 76))},
-    **{f"attention in ortho, {l} level{'s' * (l > 1)}": ["--mixer=wavspa", f"--levels={l}"] for l in (1, 3, 4)},
-    "attention in ortho, one a band": ["--mixer=wavspa", "--levels=2", "--wavspa_shared=False", "--n_embd=48"],
     "control: even and odd samples": ["--mixer=wavspa", "--levels=2", "--wavelet_params=fixed", "--wavelet=lazy"],
     "control: random orthonormal taps": ["--mixer=wavspa", "--levels=2", "--wavelet_params=fixed", "--wavelet=random"],
     "control: convolution, then attention": ["--mixer=wavspa", "--wavelet_params=conv"],
+    **{f"attention in ortho, {l} level{'s' * (l > 1)}": ["--mixer=wavspa", f"--levels={l}"] for l in (1, 4)},
+    "attention in ortho, one a band": ["--mixer=wavspa", "--levels=2", "--wavspa_shared=False", "--n_embd=48"],
+    **{f"{m} in ortho": ["--mixer=wavspa", "--levels=2", f"--inner={m}", f"--n_embd={n}"] for m, n in (("fourier", 76), ("wersa", 56))},
 }
 for name, base in (("listops", LISTOPS), ("lego", LEGO)):
     SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(2e-3,), base=base, arms=WAVSPA, prepare=SHORT)
@@ -536,10 +536,11 @@ WERSA = {
        for f, l, n in (("relu", 0, 64), ("relu", 2, 60), ("exp", 0, 64), ("exp", 2, 60))},
 }
 MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=60"] for l in (1, 4, 6)},
-        **{f"wersa, L=2, m={m}": ["--mixer=wersa", f"--n_features={m}", "--n_embd=60"] for m in (16, 32, 256, 1024)},
-        "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"],
-        "wersa, L=2, gains not adaptive": ["--mixer=wersa", "--wersa_adaptive=False"]}
-for name, base, arms in (("listops", LISTOPS, WERSA | MORE), ("recall", RECALL, WERSA), ("imdb", IMDB, {k: v for k, v in WERSA.items() if "exp" not in k})):
+        **{f"wersa, L=2, m={m}": ["--mixer=wersa", f"--n_features={m}", "--n_embd=60"] for m in (16, 256)},
+        "wersa, L=2, gains not adaptive": ["--mixer=wersa", "--wersa_adaptive=False"],
+        "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
+RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
+for name, base, arms in (("listops", LISTOPS, RELU | MORE | WERSA), ("recall", RECALL, RELU), ("imdb", IMDB, RELU)):
     SUITES[f"wersa_{name}"] = dict(seeds=(1, 2, 3), rates=(3e-3,), base=base, arms=arms, prepare=SHORT)
 SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1"])   # alone on the machine
 SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, arms={

@@ -460,8 +460,7 @@ def save(evaluated):
 
 
 def leave():
-    """A signal came: save, unless the checkpoint has it all, and exit with its number, on which a scheduler can start anew."""
-    save(evaluated=False)
+    """A signal came, and all is saved: exit with its number, on which a scheduler can start anew."""
     stop(f"stopped after step {iter_num}, saved: go on with --resume", 128 + (caught or [signal.SIGTERM])[0])
 
 
@@ -509,8 +508,14 @@ def get_lr(it):
 # -----------------------------------------------------------------------------
 # the loop
 
+def on_signal(number, frame):
+    if caught and world == 1:                                  # the second Ctrl-C means now; torchrun sends its own after one
+        sys.exit(128 + number)
+    caught.append(number)
+
+
 for s in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(s, lambda number, frame: caught.append(number) if not caught else sys.exit(128 + number))
+    signal.signal(s, on_signal)
 
 model.train()
 t_start = t_log = time.time()
@@ -518,6 +523,7 @@ first, val_loss = iter_num, math.inf
 batches, size = micro_batches(iter_num)
 while True:
     if (iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters) and not evaluated:
+        save(evaluated=False)                                  # an evaluation may take longer than a scheduler waits
         try:
             found = evaluate(splits["val"], cfg.eval_rows)
             val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
@@ -568,6 +574,9 @@ while True:
             + f" | skipped {skipped}" * (skipped > 0))
     iter_num += 1
     if stopping:
+        save(evaluated=False)
+        if world > 1:
+            dist.barrier()                                     # torchrun stops all when the first one ends
         leave()
 
 # -----------------------------------------------------------------------------
