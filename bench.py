@@ -142,14 +142,14 @@ class Copy(nn.Module):
 KINDS = {**model.MIXERS, "softmax": Softmax, "stored": StoredWersa, "core": HaarCore, "copy": Copy}
 SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest T on a CPU)
     "flash SDPA": ("attention", False, "flash SDPA", {}, 32768),
-    "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 8192),
+    "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 4096),
     "haar": ("haar", False, "flash SDPA", {}, 32768),
     "wavspa, 1 level": ("wavspa", False, "flash SDPA", dict(levels=1), 8192),
     "wersa": ("wersa", False, "flash SDPA", {}, 32768),
     "wersa m=1024": ("wersa", False, "flash SDPA", dict(n_features=1024), 32768),
     "wersa m=1024, features stored": ("stored", False, "flash SDPA", dict(n_features=1024), 8192),
     "flash SDPA causal": ("attention", True, "flash SDPA causal", {}, 8192),
-    "softmax causal, matrix stored": ("softmax", True, "flash SDPA causal", {}, 8192),
+    "softmax causal, matrix stored": ("softmax", True, "flash SDPA causal", {}, 4096),
     "haar atrous, L=8": ("haar", True, "flash SDPA causal", dict(levels=8), 32768),
     "haar partial": ("haar", True, "flash SDPA causal", dict(haar_causal="partial"), 32768),
     "wavspa sorted, 1 level": ("wavspa", True, "flash SDPA causal", dict(levels=1), 8192),
@@ -262,7 +262,7 @@ def promises(kind, causal, flags, card):
 def speed(args):
     cuda = torch.cuda.is_available()
     card = dict(device="cuda" if cuda else "cpu", name=torch.cuda.get_device_name() if cuda else cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__,
-                dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.2)
+                dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.15)
     lengths = [int(t) for t in args.lengths.split(",")] if args.lengths else [2**i for i in (range(10, 18) if cuda else (9, 10, 11, 12, 13, 15))]
     wanted = [name for name in SPEED if not args.only or args.only in name]
     arms = {name: arm for name, arm in SPEED.items() if name in wanted or name in {SPEED[w][2] for w in wanted}}
