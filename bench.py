@@ -661,7 +661,7 @@ def curve(ax, arms, pattern, xlabel, default=None):
     x, y, e = zip(*points)
     ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3)
     ax.axhline(mean_std([float(r["test_metric"]) for r in arms["attention"]])[0], ls="--", color="tab:gray", label="attention")
-    ax.set(xlabel=xlabel, ylabel=next(iter(arms.values()))[0]["metric"]), ax.legend()
+    ax.set(xlabel=xlabel, ylabel=next(iter(arms.values()))[0]["metric"], ylim=(0, None), xticks=x, xticklabels=x), ax.legend(loc="lower left")
 
 
 def by_group(ax, arms, xlabel):
@@ -696,8 +696,8 @@ def state_against(ax, arms, times):
         size = state_bytes(fast_forward(model.WaveletTransformer(cfg).init_state(1)["mixers"], cfg.block_size)) / cfg.block_size
         for a, x in ((ax[0], float(times[arm][0]["seconds"]) / int(times[arm][0]["steps"]) if arm in times else None), (ax[1], size)):
             if x:
-                a.errorbar([x], [y], [e or 0], marker="o", capsize=3)
-                a.annotate(arm, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+                a.errorbar([x], [y], [e or 0], marker="o", capsize=3, label=arm)
+    ax[1].legend(fontsize=8)
     ax[0].set(xlabel="seconds of a training step, one core", ylabel="bits per byte, test", xlim=(0, None))
     ax[1].set(xlabel=f"bytes of decoding state per token of context, at {cfg.block_size}", xscale="log")
 
@@ -717,7 +717,7 @@ def figures(folder):
     draw("lmwt", {"lmwt"}, 1, lambda ax: bars(ax, have["lmwt"], "numbers: how the mixer and its reading of the source score"), (8, 4))
     draw("wavspa", {"wavspa_listops"}, 1, lambda ax: bars(ax, have["wavspa_listops"], "short ListOps: wavelet space, and controls"), (8, 5))
     draw("wersa", {"wersa_listops"}, 2, lambda ax: (curve(ax[0], have["wersa_listops"], r"wersa, L=(\d+)", "levels, short ListOps"),
-                                                  curve(ax[1], have["wersa_listops"], r"wersa, L=2, m=(\d+)", "features per head, short ListOps", (60, "wersa, L=2")), ax[1].set_xscale("log")))
+                                                  curve(ax[1], have["wersa_listops"], r"wersa, L=2, m=(\d+)", "features per head, short ListOps", (60, "wersa, L=2"))))
     draw("recall", {"wersa_recall"}, 1, lambda ax: by_group(ax, have["wersa_recall"], "pairs in the row (trained on 1 to 4)"), (8, 4.5))
     draw("decoders", {"decoders", "decoders_time"}, 2, lambda ax: state_against(ax, have["decoders"], have["decoders_time"]))
     draw("taps", {"lmwt", "wavspa_listops"}, 2, lambda ax: (moved(ax[0], have["lmwt"]["haar, aligned cross"], "haar on numbers"),
