@@ -10,6 +10,7 @@ Measure: what every variant promises, and what trained models score.
 A suite's rows that are already in its CSV are skipped, so it may be stopped at any time and started again.
 """
 
+import argparse
 import csv
 import dataclasses
 import importlib.util
@@ -191,6 +192,13 @@ def build(kind, causal, flags, card, T):
     return KINDS[kind](cfg, causal).to(card["device"], getattr(torch, card["dtype"])).eval()
 
 
+def lengths(text):
+    """--lengths=512,1024 -> [512, 1024]"""
+    if not re.fullmatch(r"[1-9]\d{0,7}(,[1-9]\d{0,7})*", text):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers of tokens, joined by commas")
+    return [int(t) for t in text.split(",")]
+
+
 def cell(job):
     """One arm at one length, in a process of its own -> {mode: dict(seconds=[...], memory=bytes at the peak over module and
     input)}; None where it did not fit."""
@@ -263,7 +271,7 @@ def speed(args):
     cuda = torch.cuda.is_available()
     card = dict(device="cuda" if cuda else "cpu", name=torch.cuda.get_device_name() if cuda else cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__,
                 dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.15)
-    lengths = [int(t) for t in args.lengths.split(",")] if args.lengths else [2**i for i in (range(10, 18) if cuda else (9, 10, 11, 12, 13, 15))]
+    lengths = args.lengths or [2**i for i in (range(10, 18) if cuda else (9, 10, 11, 12, 13, 15))]
     wanted = [name for name in SPEED if not args.only or args.only in name]
     arms = {name: arm for name, arm in SPEED.items() if name in wanted or name in {SPEED[w][2] for w in wanted}}
     print("  ".join(f"{k} {v}" for k, v in card.items() if k != "budget"))
@@ -420,7 +428,7 @@ def steps(args):
     device, shape = ("cuda", dict(n_layer=6, n_head=6, n_embd=384, block_size=256)) if cuda else ("cpu", dict(n_layer=4, n_head=4, n_embd=128, block_size=64))
     B = 64 if cuda else 12
     if args.lengths:                                           # the WERSA paper's small model on one long text
-        B, shape = 2, dict(n_layer=2, n_head=4, n_embd=64, block_size=int(args.lengths))
+        B, shape = 2, dict(n_layer=2, n_head=4, n_embd=64, block_size=args.lengths[0])
     arms = {f"{m}, learned positions": dict(mixer=m, pos="learned") for m in ("attention", "haar", "wersa")} | {"attention, rotary": dict(mixer="attention")}
     arms = {name: model.WaveletTransformer(ModelConfig(arch="decoder", vocab_size=65, **shape, **kw)) for name, kw in arms.items()}
     if args.nanogpt:
@@ -748,7 +756,7 @@ if __name__ == "__main__":
     p.add("--data_dir", default="data")
     p.add("--jobs", type=int, default=1, help="trainings at a time, sharing the cores")
     p.section("speed")
-    p.add("--lengths", help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU; steps: one length, for 2 rows of a small model")
+    p.add("--lengths", type=lengths, help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU; steps: one length, for 2 rows of a small model")
     p.add("--only", help="arms whose name holds this")
     p.add("--n_embd", type=int, default=128)
     p.add("--n_head", type=int, default=4)
