@@ -911,7 +911,7 @@ def fault_number_of_processes_changed(work, rng, tries):
     """Stopped and gone on with 2, 4 and 1 processes, against 1 throughout; 37 evaluation rows, which no number divides."""
     lost = 0
     for i in range(tries):
-        steps, mixer = 50 if tries > 9 else 14, ("haar", "attention", "wersa", "wavspa")[i % 4]
+        steps, mixer = 50 if tries > 2 else 14, ("haar", "attention", "wersa", "wavspa")[i % 4]
         flags = [*TINY, f"--mixer={mixer}", "--dropout=0", "--gradient_accumulation_steps=2", f"--max_iters={steps}", "--eval_rows=37", f"--eval_interval={steps // 2}"]
         run("train.py", *flags, "--out_dir=one", cwd=work)
         for n, step in zip((1, 2, 4) if i % 2 else (4, 2), sorted(rng.choice(range(1, steps - 4), 3, replace=False))):
@@ -1131,7 +1131,7 @@ def fault_long_runs(work, rng, tries):
     """2,000 steps and 2,000 translated lines (300 each in a short test): memory and open files at the end against half way."""
     if not os.path.exists("/proc/self/status"):
         pytest.skip("reads Linux's /proc")
-    n, path = 2000 if tries > 9 else 300, os.path.join(work, "long", "log.csv")
+    n, path = 2000 if tries > 2 else 300, os.path.join(work, "long", "log.csv")
     steps = lambda: 20 < len(open(path).readlines()) < n       # training only: no evaluation
     train = growth(start("train.py", *TINY, "--mixer=wersa", f"--max_iters={n}", f"--eval_interval={n}", "--out_dir=long", cwd=work), steps)
     with open(os.path.join(work, "long.txt"), "w") as f:
