@@ -824,7 +824,7 @@ def test_a_strangers_checkpoint_runs_nothing(work):
 
 
 # -----------------------------------------------------------------------------
-# faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each a few times;
+# faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each once;
 # python test_model.py 20 tries each 20 times and prints the README's table
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -1062,7 +1062,7 @@ def script(path, argv, cwd, out):
 
 def fault_wrong_flags(work, rng, tries):
     """Every flag of every script with a wrong type, a negative, a zero, a huge number and a misspelling: a result, or one line and
-    exit code 2 that name the flag (a wrong name or place of a file may end in 1). A tenth of them where tries is small."""
+    exit code 2 that name the flag (a wrong name or place of a file may end in 1). A twentieth of them where tries is small."""
     fork = get_context("forkserver")
     fork.set_forkserver_preload(["torch", "numpy", "test_model"])
     base = {"train.py": [*TINY, "--max_iters=1", "--eval_rows=2"], "sample.py": ["--out_dir=whole", "--start=one", "--max_new_tokens=2", "--device=cpu"],
@@ -1072,7 +1072,7 @@ def fault_wrong_flags(work, rng, tries):
     for name, flags in base.items():
         for flag in sorted(set(re.findall(r"^  (--\w+)", run(name, "--help", cwd=work), re.M))):
             jobs += [(name, flags, flag, f"{flag}={value}") for value in ("x?y", "-1", "0", "1000000000000")] + [(name, flags, flag, f"{flag}x=1")]
-    jobs = [job for job in jobs if tries > 9 or rng.random() < 0.1]
+    jobs = [job for job in jobs if tries > 9 or rng.random() < 0.05]
 
     def one(i, job):
         name, flags, flag, word = job
@@ -1169,7 +1169,7 @@ FAULTS = {name[6:].replace("_", " "): f for name, f in list(globals().items()) i
 
 @each("name", FAULTS)
 def test_faults(work, name):  # catches: what a user would lose overnight
-    assert FAULTS[name](work, np.random.default_rng(0), max(1, 2 // SLOW.get(name, 1))) == 0
+    assert FAULTS[name](work, np.random.default_rng(0), 1) == 0
 
 
 # -----------------------------------------------------------------------------
