@@ -174,9 +174,10 @@ CLAIMS = [  # (what, against, T, mode, median or memory, what we aim at): the ra
 MODES = {"forward and backward": True, "forward": False}
 
 
-def resident(what):
-    """VmRSS or VmHWM (the most since the last reset) of this process in bytes."""
-    return int(re.search(rf"{what}:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+def peak():
+    """The most memory that this process has held so far, in bytes."""
+    import resource                                            # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fast_forward(state, t):
@@ -234,17 +235,15 @@ def cell(job):
                 m.zero_grad(set_to_none=True)
     try:
         once(True, 8)                                          # threads, autograd's engine and lazy imports have a memory of their own
-        before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+        before = torch.cuda.memory_allocated() if cuda else peak()
         if cuda:
             once(True), torch.cuda.reset_peak_memory_stats()   # compilation has buffers of its own
-        else:
-            open("/proc/self/clear_refs", "w").write("5")
         for mode, back in MODES.items():
             sync(), (began := time.perf_counter())
             once(back), sync()
             first = time.perf_counter() - began
             if back:
-                memory = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+                memory = (torch.cuda.max_memory_allocated() if cuda else peak()) - before
             if not back and first > 4:                         # so long that its speed is not in question
                 break
             seconds = [first] if first > 3 else []
@@ -486,7 +485,9 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
     "multi30k": dict(seeds=(1337,), rates=(2e-3,), base=PAIR, arms={
         "attention": ["--mixer=attention"], "wersa": ["--mixer=wersa"], "haar": ["--mixer=haar", "--n_embd=136"],
         "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=136"],
-        "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"]}),
+        "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"],
+        "haar, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=136"],
+        "haar, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=136"]}),
     "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
@@ -521,6 +522,8 @@ SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_siz
     "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=72"],
     "haar, aligned cross, fixed taps": ["--mixer=haar", "--haar_learnable=False", "--n_embd=68"],
     "haar, aligned cross, 3 levels": ["--mixer=haar", "--levels=3", "--n_embd=68"],
+    "haar, aligned cross, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=68"],
+    "haar, aligned cross, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=68"],
     "haar, aligned cross, concat": ["--mixer=haar", "--haar_aggregate=concat", "--n_embd=52"],
     "haar, aligned cross, by place alone": ["--mixer=haar", "--aligned_content=False", "--n_embd=68"],
     "haar literal, aligned cross (leaks)": ["--mixer=haar", "--haar_causal=literal", "--leak", "--n_embd=68"],
@@ -629,46 +632,52 @@ def said(values):
     return f"{mean:.3f}" + (f" ± {std:.3f}" if std is not None else "")
 
 
+def score(rs, key="test_metric"):
+    return [float(r[key]) for r in rs]
+
+
+def trivial(r):
+    return json.loads(r.get("trivial") or "{}")
+
+
 def table(path):
     """One suite's CSV -> a Markdown table, mean ± standard deviation over n seeds, best arm first, trivial scores last. Where the
     arms are data sets: each with its size and its trivial scores."""
     arms = arms_of(path)
-    first, score = next(iter(arms.values()))[0], lambda rs, key="test_metric": [float(r[key]) for r in rs]
-    trivial = lambda r: ", ".join(f"{name} {v:.3f}" for name, v in json.loads(r.get("trivial") or "{}").items())
+    first, listed = next(iter(arms.values()))[0], lambda scores: ", ".join(f"{name} {v:.3f}" for name, v in scores.items())
     far = lambda r: json.loads(r.get("far") or "{}")
     if len({(r["n"], r["metric"]) for rs in arms.values() for r in rs}) > 1:               # several test sets
         lines = ["| arm | rows | tokens | prepared in | test score | trivial | steps |", "|---|---|---|---|---|---|---|"]
         for arm, rs in arms.items():
             r = rs[0]
-            lines.append(f"| {arm} | {int(r['data_rows']):,} | {int(r['data_tokens']):,} | {float(r['data_seconds']):.1f} s | {r['metric']} {said(score(rs))} | {trivial(r)} | {r['steps']} |")
+            lines.append(f"| {arm} | {int(r['data_rows']):,} | {int(r['data_tokens']):,} | {float(r['data_seconds']):.1f} s | {r['metric']} {said(score(rs))} | {listed(trivial(r))} | {r['steps']} |")
         return "\n".join(lines)
     beyond = far(first)
     lines = [f"| arm | parameters | {first['metric']}, test |" + (f" at up to {beyond['block_size']} tokens |" if beyond else "") + " test loss | n |", "|---|---|---|---|---|" + "---|" * bool(beyond)]
-    for arm, rs in sorted(arms.items(), key=lambda x: mean_std(score(x[1]))[0], reverse=first["metric"] not in LOWER):
+    for arm, rs in sorted(arms.items(), key=lambda x: statistics.mean(score(x[1])), reverse=first["metric"] not in LOWER):
         lines.append(f"| {arm} | {int(rs[0]['params']):,} | {said(score(rs))} |" + (f" {said([far(r)['metric'] for r in rs])} |" if beyond else "") + f" {said(score(rs, 'test_loss'))} | {len(rs)} |")
     if trivial(first):
-        lines.append(f"\nWhat knows nothing: {trivial(first)}" + (f"; at up to {beyond['block_size']} tokens: " + ", ".join(f"{k} {v:.3f}" for k, v in beyond["trivial"].items()) if beyond else "") + ".")
+        lines.append(f"\nWhat knows nothing: {listed(trivial(first))}" + (f"; at up to {beyond['block_size']} tokens: {listed(beyond['trivial'])}" if beyond else "") + ".")
     return "\n".join(lines)
 
 
 def bars(ax, arms, title):
     """Every arm's score, mean and standard deviation."""
-    order = sorted(arms, key=lambda arm: mean_std([float(r["test_metric"]) for r in arms[arm]])[0])
+    order = sorted(arms, key=lambda arm: statistics.mean(score(arms[arm])))
     for i, arm in enumerate(order):
-        mean, std = mean_std([float(r["test_metric"]) for r in arms[arm]])
+        mean, std = mean_std(score(arms[arm]))
         ax.barh(i, mean, xerr=std or 0, color="tab:gray" if arm.startswith("control") else "tab:blue" if "attention" == arm else "tab:orange")
     ax.set(yticks=range(len(order)), yticklabels=order, title=title, xlabel=next(iter(arms.values()))[0]["metric"])
-    for name, v in json.loads(next(iter(arms.values()))[0].get("trivial") or "{}").items():
+    for v in trivial(arms[order[0]][0]).values():
         ax.axvline(v, color="black", ls=":", lw=1)
 
 
 def curve(ax, arms, pattern, xlabel, default=None):
     """The score of the arms that pattern matches, against the number in their name."""
-    points = sorted((int(m[1]), *mean_std([float(r["test_metric"]) for r in rs])) for arm, rs in arms.items() if (m := re.fullmatch(pattern, arm)))
-    points = sorted(points + [(default[0], *mean_std([float(r["test_metric"]) for r in arms[default[1]]]))] if default and default[1] in arms else points)
-    x, y, e = zip(*points)
+    points = [(int(m[1]), arm) for arm in arms if (m := re.fullmatch(pattern, arm))] + [default] * (default is not None)
+    x, y, e = zip(*((x, *mean_std(score(arms[arm]))) for x, arm in sorted(points)))
     ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3)
-    ax.axhline(mean_std([float(r["test_metric"]) for r in arms["attention"]])[0], ls="--", color="tab:gray", label="attention")
+    ax.axhline(statistics.mean(score(arms["attention"])), ls="--", color="tab:gray", label="attention")
     ax.set(xlabel=xlabel, ylabel=next(iter(arms.values()))[0]["metric"], ylim=(0, None), xticks=x, xticklabels=x), ax.legend(loc="lower left")
 
 
@@ -699,7 +708,7 @@ def config_of(flags):
 def state_against(ax, arms, times):
     """Bits per byte against the seconds of a training step, and against the bytes of state per token of context."""
     for arm, rs in arms.items():
-        y, e = mean_std([float(r["test_metric"]) for r in rs])
+        y, e = mean_std(score(rs))
         cfg = config_of(rs[0]["flags"])
         size = state_bytes(fast_forward(model.WaveletTransformer(cfg).init_state(1)["mixers"], cfg.block_size)) / cfg.block_size
         for a, x in ((ax[0], float(times[arm][0]["seconds"]) / int(times[arm][0]["steps"]) if arm in times else None), (ax[1], size)):

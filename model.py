@@ -57,6 +57,7 @@ class ModelConfig:
     haar_aggregate: str = "sum"     # sum | concat
     haar_learnable: bool = True     # False freezes the taps at Haar's
     haar_tile: bool = False         # True = the paper's plain tiling, which has rank T/2
+    haar_encoder: str = "block"     # block (the paper's, decimated) | atrous (undecimated, centred)
     haar_causal: str = "atrous"     # atrous | partial | literal (leaks; kept for the record)
     wavelet: str = "db2"            # haar | db2 ... db20 | lazy (even and odd samples) | random (4 orthonormal taps): the last two are controls
     wavelet_params: str = "ortho"   # fixed | ada | ortho | lift | conv (a control: the taps as a depthwise convolution before the inner mixer)
@@ -100,6 +101,7 @@ CHOICES = {  # every flag that takes one of a few words
     "pos": ("rope", "learned", "none"),
     "pool": ("mean", "cls", "token"),
     "haar_aggregate": ("sum", "concat"),
+    "haar_encoder": ("block", "atrous"),
     "haar_causal": ("atrous", "partial", "literal"),
     "wavelet": ("haar", *(f"db{n}" for n in range(2, 21)), "lazy", "random"),
     "wavelet_params": ("fixed", "ada", "ortho", "lift", "conv"),
@@ -362,6 +364,12 @@ def delayed(x, s, taps=2):
     return [x[..., :max(T - j * s, 0), :] for j in range(taps)]
 
 
+def centred(x, s):
+    """delayed for an encoder, two taps s apart around t: [x[t + s - s // 2], x[t - s // 2]], zero beyond either end."""
+    ahead = x[..., s - s // 2:, :]
+    return F.pad(ahead, (0, 0, 0, x.size(-2) - ahead.size(-2))), delayed(x, s // 2)[1]
+
+
 class Ring:
     """delayed, one token at a time: each call keeps its last (taps-1)s + 1 inputs in a slice of buf (B, size, C), written
     in place. Calls must come in the same order at every t. One slot more than needed, so that a step can be redone."""
@@ -509,8 +517,8 @@ class Haar(nn.Module):
 
     def __init__(self, cfg, causal=False):
         super().__init__()
-        C, self.L = cfg.n_embd, cfg.n_levels
-        self.form = cfg.haar_causal if causal else "literal"
+        C, self.L, self.causal = cfg.n_embd, cfg.n_levels, causal
+        self.form = cfg.haar_causal if causal else cfg.haar_encoder
         self.concat = cfg.haar_aggregate == "concat"
         taps = torch.tensor([[1.0, 1.0], [1.0, -1.0]])[None, :, :, None].repeat(self.L, 1, 1, C) / math.sqrt(2)
         if cfg.haar_learnable:                                 # (L, low/high, tap, C)
@@ -525,7 +533,9 @@ class Haar(nn.Module):
     def forward(self, x, mask=None):
         if mask is not None:
             x = x * mask[..., None]
-        return self.out({"literal": self.block, "atrous": lambda x: self.atrous(x, delayed), "partial": self.partial}[self.form](x))
+        if self.form == "atrous":
+            return self.out(self.atrous(x, delayed if self.causal else centred, mask))
+        return self.out(self.partial(x) if self.form == "partial" else self.block(x))
 
     def out(self, bands):                                      # weighted already: sum or concatenate, and project
         return self.c_proj(torch.cat(bands, -1) if self.concat else sum(bands[1:], bands[0]))
@@ -557,11 +567,11 @@ class Haar(nn.Module):
             y = level[0] if y is None else (level[0].view(x.size(0), -1, 2, x.size(2)) + y[:, :n // 2, None]).flatten(1, 2)
         return [y[:, :T]]
 
-    def atrous(self, x, delay):
+    def atrous(self, x, delay, mask=None):
         def split(a, l):
             low, read = self.rows(l)
             a, *bands = mix(torch.cat((low, read[0])).flip(1), *delay(a, 2 ** l))
-            return a, bands
+            return a if mask is None else a * mask[..., None], bands                       # padding stays zero, as what lies beyond the end
         return sum(cascade(x, self.L, split)[:-1], [])
 
     def partial(self, x):

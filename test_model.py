@@ -47,6 +47,7 @@ VARIANTS = [" ".join(v.split()) for v in """
     haar | haar haar_tile=1 | haar haar_aggregate=concat | haar haar_aggregate=concat haar_tile=1 | haar haar_learnable=0 levels=2 bias=1
     haar haar_causal=partial | haar haar_causal=partial haar_tile=1 | haar haar_causal=partial haar_aggregate=concat
     haar haar_causal=partial haar_aggregate=concat haar_tile=1 | haar haar_causal=partial haar_learnable=0 levels=2
+    haar haar_encoder=atrous | haar haar_encoder=atrous haar_aggregate=concat levels=3
     attention | attention pos=none bias=1 | wavspa | wavspa wavelet=haar | wavspa wavelet=haar wavelet_params=lift wavspa_shared=0 levels=2
     wavspa wavelet_params=ada wavspa_shared=0 | wavspa wavelet_params=lift inner=wersa | wavspa wavelet=db4 wavelet_params=fixed levels=3
     wavspa wavelet=db20 wavspa_shared=0 inner=wersa levels=2 | wavspa wavspa_causal=atrous levels=2
@@ -263,18 +264,21 @@ def test_every_parameter_learns(text, causal):  # catches: a weight never read, 
 # -----------------------------------------------------------------------------
 # every mixer: a slow twin
 
-@each("form,agg", pairs(["bidirectional", "atrous", "partial"], ["sum", "concat"]))
+@each("form,agg", pairs(["block", "centred", "atrous", "partial"], ["sum", "concat"]))
 def test_haar_dense(form, agg):  # catches: halves or taps swapped, a weight at the wrong level, a reach of 2^l, a half that forgets the other
     for T, tile in product([1, 5, 16, 21, 40], BOTH):
-        m = mixer("haar", form != "bidirectional", haar_causal=form.replace("bidirectional", "literal"), haar_aggregate=agg, haar_tile=tile, n_embd=4, block_size=16).double()
+        flag = {"block": "haar_encoder=block", "centred": "haar_encoder=atrous"}.get(form, f"haar_causal={form}")
+        m = mixer(f"haar {flag}", form in ("atrous", "partial"), haar_aggregate=agg, haar_tile=tile, n_embd=4, block_size=16).double()
         x = rand(2, T, 4, dtype=torch.float64)
         bands = [torch.zeros_like(x) for _ in range(m.L + 1)]
         for c, l in product(range(4), range(m.L + 1)):         # a, d: as rows of a T x T matrix, what they take from each x_t
-            a = list(torch.eye(T if form == "atrous" else -(-T // 2 ** m.L) * 2 ** m.L, T, dtype=torch.float64)) if l == 0 else a
-            pairs = list(zip(a[::2], a[1::2])) if form != "atrous" else [(a[t - 2 ** l] if t >= 2 ** l else 0 * a[t], a[t]) for t in range(T)]
+            every = form in ("atrous", "centred")              # a coefficient at every token
+            a = list(torch.eye(T if every else -(-T // 2 ** m.L) * 2 ** m.L, T, dtype=torch.float64)) if l == 0 else a
+            at, ahead = lambda t: a[t] if 0 <= t < T else 0 * a[0], (2 ** l + 1) // 2 if form == "centred" else 0
+            pairs = [(at(t + ahead - 2 ** l), at(t + ahead)) for t in range(T)] if every else list(zip(a[::2], a[1::2]))
             a, d = ([u * first + w * last for first, last in pairs] for u, w in m.taps[l, :, :, c]) if l < m.L else (a, a)
             size, halves = 2 ** min(l + 1, m.L), m.weight.size(1)
-            rows = torch.stack([m.weight[l, t // (size // 2) % halves, c] * d[t if form == "atrous" else t // size] for t in range(T)])
+            rows = torch.stack([m.weight[l, t // (size // 2) % halves, c] * d[t if every else t // size] for t in range(T)])
             bands[l][..., c] = x[..., c] @ (rows.tril() if form == "partial" else rows).T  # partial: each t has zeros for the future
         close(m(x), m.c_proj(torch.cat(bands, -1) if agg == "concat" else sum(bands)), 1e-12)
 
