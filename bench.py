@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import model
 from model import ModelConfig, Wavspa, build_mixer
-from prepare_data import Parser, prepare, replacing
+from prepare_data import Parser, prepare, replacing, writable
 from sample import keep_freed_pages, learned, load_model
 
 HERE = Path(__file__).resolve().parent
@@ -200,6 +200,27 @@ def lengths(text):
     return [int(t) for t in text.split(",")]
 
 
+def earlier(path):
+    """--compare=old.json -> what speed --json wrote."""
+    try:
+        found = json.load(open(path))
+        return dict(cells=found["cells"], card=found["card"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise argparse.ArgumentTypeError(f"{path} was not written by bench.py speed --json")
+
+
+def some_arm(word):
+    if not any(word in name for name in SPEED):
+        raise argparse.ArgumentTypeError(f"no arm's name holds {word}, there are: {'; '.join(SPEED)}")
+    return word
+
+
+def holding_model(folder):
+    if not os.path.exists(os.path.join(folder, "model.py")):
+        raise argparse.ArgumentTypeError(f"{folder} holds no model.py: copy it from github.com/karpathy/nanoGPT")
+    return folder
+
+
 def cell(job):
     """One arm at one length, in a process of its own -> {mode: dict(seconds=[...], memory=bytes at the peak over module and
     input)}; None where it did not fit."""
@@ -308,7 +329,7 @@ def speed(args):
     if args.png:
         speed_plot(result, args.png)
     if args.compare:
-        compare(json.load(open(args.compare)), result)
+        compare(args.compare, result)
     print(json.dumps(result))
 
 
@@ -743,14 +764,20 @@ def figures(folder):
 
 def report(args):
     """results/*.csv -> the tables between <!-- SUITE --> and <!-- end --> in README.md, and the figures."""
-    path = HERE / "README.md"
-    text = path.read_text(encoding="utf-8")
+    readme = HERE / "README.md"
+    text = readme.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- (\w+) -->", text):
         if name != "end":
-            new = "\n".join(speed_summary(json.load(open(HERE / "results" / "speed.json")))) if name == "speed" else table(HERE / "results" / f"{name}.csv")
+            path = HERE / "results" / name
+            if name == "speed":
+                new = "\n".join(speed_summary(json.load(open(path.with_suffix(".json")))))
+            elif path.with_suffix(".md").exists():             # python test_model.py 20 > results/faults.md
+                new = path.with_suffix(".md").read_text().strip()
+            else:
+                new = table(path.with_suffix(".csv"))
             text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
             print(f"{name}\n\n{new}\n")
-    with replacing(path) as f:
+    with replacing(readme) as f:
         f.write(text)
     figures(HERE / "results")
 
@@ -763,17 +790,19 @@ if __name__ == "__main__":
     p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings")
     p.add("--source", help="where the suite's data set comes from: a text for decoders, a folder for multi30k")
     p.add("--data_dir", default="data")
-    p.add("--jobs", type=int, default=1, help="trainings at a time, sharing the cores")
+    p.add("--jobs", type=int, default=1, low=1, high=1024, help="trainings at a time, sharing the cores")
     p.section("speed")
     p.add("--lengths", type=lengths, help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU; steps: one length, for 2 rows of a small model")
-    p.add("--only", help="arms whose name holds this")
-    p.add("--n_embd", type=int, default=128)
-    p.add("--n_head", type=int, default=4)
+    p.add("--only", type=some_arm, help="arms whose name holds this")
+    p.add("--n_embd", type=int, default=128, low=1, high=2**16)
+    p.add("--n_head", type=int, default=4, low=1, high=2**16)
     p.add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
     for what in ("csv", "json", "md", "png"):
-        p.add(f"--{what}", help=f"write the result to this .{what} too")
-    p.add("--compare", help="an earlier --json file: print how many times faster each cell is now")
-    p.add("--nanogpt", help="steps: a copy of nanoGPT to be timed beside ours")
+        p.add(f"--{what}", type=writable, help=f"write the result to this .{what} too")
+    p.add("--compare", type=earlier, help="an earlier --json file: print how many times faster each cell is now")
+    p.add("--nanogpt", type=holding_model, help="steps: a copy of nanoGPT to be timed beside ours")
     p.add("--profile", type=bool, default=False, help="where the time goes, instead of the table")
     args = p.parse_args()
+    if args.n_embd % args.n_head:
+        p.error(f"--n_embd={args.n_embd} must be divisible by --n_head={args.n_head}")
     {"speed": speed, "steps": steps, "variants": variants, "quality": quality, "report": report}[args.what](args)

@@ -511,6 +511,7 @@ class Haar(nn.Module):
       a mixer of rank T/2;
     - levels cover the whole block by default, since all layers share one dyadic grid and fewer levels would never let
       information out of a 2^L block;
+    - an encoder without that grid (--haar_encoder=atrous): undecimated, each level's two taps 2^l apart around t;
     - a decoder that does not leak. The paper's block transform lets position t see the rest of its block ("literal").
       atrous: a_l[t] = alpha * a_{l-1}[t - 2^(l-1)] + beta * a_{l-1}[t], undecimated, state 2^L - 1 vectors (and one spare
       a level). partial: the literal module run on (x_0 .. x_t, 0, ...), in parallel for all t, state L vectors."""

@@ -72,6 +72,8 @@ class Tokenizer:
     """Text to ids and back, made from the plain dict that meta.json and every checkpoint carry."""
 
     def __init__(self, spec):
+        if spec["kind"] not in ("bytes", "pixels", "words", "bpe", "gpt2"):
+            raise ValueError(f"the tokenizer {spec['kind']} is unknown")
         self.bpe, self.words = None, spec.get("words")  # neither: bytes, or the grey values of pixels
         if spec["kind"] == "gpt2":
             tiktoken = need("tiktoken")
@@ -184,6 +186,12 @@ def replacing(path, mode="w"):
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
         raise
+
+def writable(path):
+    """The type of a flag that names a file to write: found out before the work, not after it."""
+    if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written")
+    return path
 
 def write_ragged(out, stem, ids, lengths):
     """Rows of any length in one line, and where each begins."""
@@ -366,8 +374,6 @@ def parallel(out, source, vocab_size=8000, seed=1337, rows=None):
 
 def text(out, source, tokenizer="gpt2"):
     """Any plain text, for a decoder: 90 % train, 5 % val, 5 % test, in the order of the file, cut at line breaks."""
-    if tokenizer not in ("gpt2", "bytes"):
-        raise SystemExit(f"--tokenizer={tokenizer} is unknown: gpt2 or bytes")
     whole, tok, block_size, start, stats, sizes = read_text(source, empty=False), Tokenizer({"kind": tokenizer}), 256, 0, {}, {}
     for split, percent in (("train", 90), ("val", 95), ("test", 100)):
         end = len(whole) * percent // 100
@@ -401,8 +407,6 @@ def encode_labelled(spec, splits):
 def arxiv(out, source=None, rows=None, tokenizer="gpt2", min_len=0):
     """Long papers of 11 arXiv categories (He et al. 2019). The no_ref rows are taken, where they are there: the others
     spell the class in the text. --min_len keeps the longest documents only (WERSA's ArXiv-128k)."""
-    if tokenizer not in ("gpt2", "bytes"):
-        raise SystemExit(f"--tokenizer={tokenizer} is unknown: gpt2 or bytes")
     stems = {"train": "train", "val": "validation", "test": "test"}
     files = {split: f"no_ref/{s}/*.parquet|no_ref/{s}*.parquet|default/{s}/*.parquet|*/{s}*.parquet|{s}*.parquet" for split, s in stems.items()}
     splits, names = hub(source, "ccdv/arxiv-classification", files, lambda row: (row["text"], row["label"]), "refs/convert/parquet")
@@ -741,9 +745,6 @@ def prepare(name, data_dir="data", force=False, exact=False, source=None, **flag
     options = {key: p.default for key, p in inspect.signature(DATASETS[name]).parameters.items() if key != "out"}
     for key in given.keys() - options.keys() - {"seed"}:
         raise SystemExit(f"--{key} is no flag of {name}, which takes " + ", ".join(f"--{known}" for known in options))
-    for key, value in given.items():
-        if isinstance(value, int) and value < (key not in ("seed", "min_len")):
-            raise SystemExit(f"--{key}={value} must be at least {int(key not in ('seed', 'min_len'))}")
     options.update({key: value for key, value in given.items() if key in options})
     settings = {**options, "source": fingerprint(source) if source else None}
 
@@ -780,7 +781,6 @@ def prepare(name, data_dir="data", force=False, exact=False, source=None, **flag
                 "files": {p.name: [p.stat().st_size, crc32(p)] for p in sorted(tmp.iterdir())},
                 "created_by": "python " + shlex.join(sys.argv)}
         meta["tokenizer"] = meta.pop("tokenizer", None)  # last, because a BPE fills thousands of lines
-        meta = json.loads(json.dumps(meta))
         with replacing(tmp / "meta.json") as f:
             json.dump(meta | {"checksum": checksum(meta)}, f, indent=1)
         if folder.exists():

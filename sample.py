@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from model import Haar, ModelConfig, WaveletTransformer, Wavspa, Wersa, lattice, wavelet_angles
-from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, read_text, replacing
+from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, read_text, replacing, writable
 
 FORMAT = 1  # of ckpt.pt and best.pt
 
@@ -135,7 +135,7 @@ def main():
     p.add("--ckpt", default="best.pt", help="best.pt (lowest validation loss) or ckpt.pt (last)")
     p.add("--start", default=None, help="text to translate, continue or classify; FILE:name reads it from a file")
     p.add("--input", default=None, help="a file to translate or classify line by line")
-    p.add("--output", default=None, help="where --input's results go, one line each; default: standard output")
+    p.add("--output", type=writable, default=None, help="where --input's results go, one line each; default: standard output")
     p.add("--beam", type=int, default=1, low=1, high=1000, help="beams of a translation; 1 = greedy")
     p.add("--length_penalty", type=float, default=0.6, low=-10, high=10, help="exponent of the beams' length normalisation")
     p.add("--temperature", type=float, low=0, high=1e6, help="0 = the likeliest token; default 0 to translate, 0.8 to continue")
