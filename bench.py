@@ -145,6 +145,7 @@ SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest 
     "flash SDPA": ("attention", False, "flash SDPA", {}, 32768),
     "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 4096),
     "haar": ("haar", False, "flash SDPA", {}, 32768),
+    "haar undecimated, L=8": ("haar", False, "flash SDPA", dict(haar_encoder="atrous", levels=8), 32768),
     "wavspa, 1 level": ("wavspa", False, "flash SDPA", dict(levels=1), 8192),
     "wersa": ("wersa", False, "flash SDPA", {}, 32768),
     "wersa m=1024": ("wersa", False, "flash SDPA", dict(n_features=1024), 32768),
@@ -560,7 +561,7 @@ WAVSPA = {
     **{f"{m} in ortho": ["--mixer=wavspa", "--levels=2", f"--inner={m}", f"--n_embd={n}"] for m, n in (("fourier", 76), ("wersa", 56))},
 }
 for name, base in (("listops", LISTOPS), ("lego", LEGO)):
-    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(2e-3,), base=base, arms=WAVSPA, prepare=SHORT)
+    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(5e-4, 2e-3), base=base, arms=WAVSPA, prepare=SHORT)
 WERSA = {
     "attention": ["--mixer=attention"],
     "haar": ["--mixer=haar", "--n_embd=72"],

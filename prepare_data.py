@@ -549,11 +549,11 @@ def recall(out, seed=1337, rows=50_000, n_pairs=32, n_keys=128):
             keys, values = rng.permutation(n_keys)[:p], n_keys + rng.integers(0, n_keys, p)
             told = np.stack((keys, values), 1)
             again = rng.permutation(told)
-            ids += [told.ravel(), again.ravel()]
-            label += [np.full(2 * p, -1), np.stack((again[:, 1] + N_SPECIAL, np.full(p, -1)), 1).ravel()]
-            group.append(np.full(4 * p, p))
+            ids += [told.ravel(), again.ravel()[:-1]]  # after the last answer nothing is asked
+            label += [np.full(2 * p, -1), np.stack((again[:, 1] + N_SPECIAL, np.full(p, -1)), 1).ravel()[:-1]]
+            group.append(np.full(4 * p - 1, p))
         if ids:
-            splits[split] = np.concatenate(ids) + N_SPECIAL, 4 * np.asarray(pairs), np.concatenate(label), np.concatenate(group)
+            splits[split] = np.concatenate(ids) + N_SPECIAL, 4 * np.asarray(pairs) - 1, np.concatenate(label), np.concatenate(group)
     words = [f"k{i}" for i in range(n_keys)] + [f"v{i}" for i in range(n_keys)]
     meta = write_labelled(out, {"kind": "words", "words": words}, splits, 4 * n_pairs, groups="pairs", arch="decoder")
     for split, (_, _, label, group) in splits.items():
