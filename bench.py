@@ -524,7 +524,7 @@ TASKS = {  # every data set with a short training of one mixer, to be held again
     "listops, haar": "--dataset=listops --mixer=haar --n_embd=64 --max_iters=1500 --batch_size=64 --eval_interval=500",
     "lego, attention": "--dataset=lego --mixer=attention --n_layer=3 --n_embd=64 --max_iters=1500 --learning_rate=1e-3 --eval_interval=500",
     "pathfinder, attention": "--dataset=pathfinder --mixer=attention --n_layer=2 --n_embd=64 --max_iters=800 --batch_size=32 --learning_rate=1e-3 --eval_interval=200",
-    "recall, attention": "--dataset=recall --mixer=attention --n_embd=64 --n_head=2 --batch_size=128 --max_iters=3000 --learning_rate=3e-3 --eval_interval=1000",
+    "recall, attention": "--dataset=recall --mixer=attention --n_embd=64 --n_head=2 --batch_size=128 --max_iters=3000 --learning_rate=5e-4 --eval_interval=1000",
     "multi30k, wersa": "--dataset=multi30k --max_iters=600 --eval_interval=300 --dropout=0.1 --label_smoothing=0.1",
     "wmt16, attention": "--dataset=wmt16 --mixer=attention --max_iters=2500 --eval_interval=1250 --metric_rows=100",
     "imdb, wersa": "--dataset=imdb --n_embd=64 --block_size=512 --batch_size=32 --max_iters=600 --learning_rate=1e-3",
@@ -573,8 +573,8 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, gains not adaptive": ["--mixer=wersa", "--wersa_adaptive=False"],
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
-for name, base, arms in (("listops", LISTOPS, RELU | MORE | WERSA), ("recall", RECALL, RELU), ("imdb", IMDB, RELU)):
-    SUITES[f"wersa_{name}"] = dict(seeds=(1, 2, 3), rates=(3e-3,), base=base, arms=arms, prepare=SHORT)
+for name, base, arms, rates in (("listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("recall", RECALL, RELU, (5e-4, 2e-3)), ("imdb", IMDB, RELU, (5e-4, 2e-3))):
+    SUITES[f"wersa_{name}"] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT)
 SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1"])   # alone on the machine
 SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, arms={
     **{f"numbers: {arm}": flags for arm, flags in list(SUITES["lmwt"]["arms"].items())[:3]},
