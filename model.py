@@ -430,6 +430,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
+    def part(self, x, rows):                                   # some of c_attn's q, k, v, (B, T, C) -> (B, T, C or 2C)
+        bias = self.c_attn.bias
+        return F.linear(x, self.c_attn.weight[rows], None if bias is None else bias[rows])
+
     def heads(self, x):                                        # (B, T, C) -> (B, H, T, dh)
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
@@ -535,7 +539,7 @@ class Haar(nn.Module):
         if mask is not None:
             x = x * mask[..., None]
         if self.form == "atrous":
-            return self.out(self.atrous(x, delayed if self.causal else centred, mask))
+            return self.out(self.atrous(x, delayed) if self.causal else self.atrous(x, centred, mask))
         return self.out(self.partial(x) if self.form == "partial" else self.block(x))
 
     def out(self, bands):                                      # weighted already: sum or concatenate, and project
@@ -838,14 +842,17 @@ class Features:
         self.bands, self.real = trailing_bands if self.causal else block_bands, real
 
     def load(self, x):
-        x = x.float() if self.real is None else x.float() * self.real[:, None, :, None]
+        x = self.unpadded(x.float())
         return turn(x if self.w is None else self.bands(x, self.w), self.W)
 
     def unload(self, x, d):                                    # d, the gradient at load(x) -> those at x and w
         d, dw = turn(d, None if self.W is None else self.W.transpose(0, 1)), None
         if self.w is not None:
-            d, dw = self.bands(x.float() if self.real is None else x.float() * self.real[:, None, :, None], self.w, d)
-        return d if self.real is None else d * self.real[:, None, :, None], dw
+            d, dw = self.bands(self.unpadded(x.float()), self.w, d)
+        return self.unpadded(d), dw
+
+    def unpadded(self, x):
+        return unpadded(x, self.real, (slice(None),) * 3)
 
     def walk(self, x):
         """Pairs of slices of B and H, and slices of T."""
@@ -1073,8 +1080,7 @@ class Wersa(Attention):
 
     def weights(self, mean):
         """Mean inputs (B, T or 1, C) -> w (B, H, T or 1, L+1) of the block means: differences of the gains that the mean queries call for."""
-        C = mean.size(-1)
-        q = F.linear(mean, self.c_attn.weight[:C], None if self.c_attn.bias is None else self.c_attn.bias[:C])
+        q = self.part(mean, slice(0, mean.size(-1)))
         g = self.scale.expand(*q.shape[:2], -1, -1) if self.filter is None else self.scale * self.filter(q).unflatten(-1, (self.n_head, -1))
         g = g.float().transpose(1, 2)
         return torch.cat((g[..., :1], g.diff(dim=-1)), -1)
@@ -1154,10 +1160,6 @@ class CrossAttention(Attention):
 
     def step(self, x_t, state, t=0):
         return self.read(x_t[:, None], state, t)[:, 0]
-
-    def part(self, x, rows):                                   # some of c_attn's q, k, v, (B, T, C) -> (B, T, C or 2C)
-        bias = self.c_attn.bias
-        return F.linear(x, self.c_attn.weight[rows], None if bias is None else bias[rows])
 
     def queries(self, x, t=0):
         """q (B, H, T, dh) of x (B, T, C), and what turns it to its places in the source."""
@@ -1248,7 +1250,7 @@ class Aligned(CrossAttention):
         logits = self.place(x).unflatten(-1, (self.n_head, -1)).transpose(2, 3)            # (B, T/c, H, c, slots)
         logits = logits.gather(-1, slots.clamp(min=0).expand(-1, -1, self.n_head, -1, -1))
         if self.content:
-            q = self.queries(x.flatten(1, 2))[0].unflatten(2, (-1, c)).transpose(1, 2)        # (B, T/c, H, c, dh)
+            q = self.heads(self.part(x.flatten(1, 2), slice(0, x.size(-1)))).unflatten(2, (-1, c)).transpose(1, 2)    # (B, T/c, H, c, dh)
             logits = logits + q @ kv[:, :, :, 0].mT / math.sqrt(q.size(-1))
         weights = logits.float().masked_fill(~seen, -1e9).softmax(-1).to(kv.dtype)
         y = (weights @ kv[:, :, :, -1]).transpose(2, 3)                                    # (B, T/c, c, H, dh)
