@@ -72,7 +72,7 @@ class Tokenizer:
     """Text to ids and back, made from the plain dict that meta.json and every checkpoint carry."""
 
     def __init__(self, spec):
-        if spec["kind"] not in ("bytes", "pixels", "words", "bpe", "gpt2"):
+        if str(spec["kind"]) not in ("bytes", "pixels", "words", "bpe", "gpt2"):
             raise ValueError(f"the tokenizer {spec['kind']} is unknown")
         self.bpe, self.words = None, spec.get("words")  # neither: bytes, or the grey values of pixels
         if spec["kind"] == "gpt2":
