@@ -1123,12 +1123,13 @@ def fault_any_text(work, rng, tries):
 def growth(p, at=lambda: True):
     """Watch a process while at() holds -> how much its memory grew over the second half of that time, in bytes, and its open files."""
     seen = []
-    while p.poll() is None:
-        with contextlib.suppress(OSError, TypeError):          # it ends while we look
-            now = int(re.search(r"VmRSS:\s+(\d+)", open(f"/proc/{p.pid}/status").read())[1]) * 1024, len(os.listdir(f"/proc/{p.pid}/fd"))
-            seen += [now] if at() else []
-        time.sleep(0.05)
-    p.communicate()
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(p.communicate)                     # a pipe that nobody reads stops it
+        while not ended.done():
+            with contextlib.suppress(OSError, TypeError):      # it ends while we look
+                now = int(re.search(r"VmRSS:\s+(\d+)", open(f"/proc/{p.pid}/status").read())[1]) * 1024, len(os.listdir(f"/proc/{p.pid}/fd"))
+                seen += [now] if at() else []
+            time.sleep(0.05)
     assert p.returncode == 0 and len(seen) > 8, (p.returncode, len(seen))
     half = seen[len(seen) // 2:]
     return half[-1][0] - half[0][0], half[-1][1] - half[0][1]
