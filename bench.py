@@ -170,6 +170,7 @@ CLAIMS = [  # (what, against, T, mode, median or memory, what we aim at): the ra
     ("haar", "flash SDPA", 8192, "forward and backward", "median", "50"),
     ("haar, no projection", "copy", 8192, "forward", "median", "at most 6"),
     ("haar atrous, L=8", "flash SDPA causal", 8192, "forward and backward", "median", "15"),
+    ("haar undecimated, L=8", "flash SDPA", 8192, "forward and backward", "median", "15"),
     ("wavspa, 1 level", "flash SDPA", 8192, "forward and backward", "median", "1.6"),
 ]
 MODES = {"forward and backward": True, "forward": False}
