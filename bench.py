@@ -562,7 +562,8 @@ WAVSPA = {
     **{f"{m} in ortho": ["--mixer=wavspa", "--levels=2", f"--inner={m}", f"--n_embd={n}"] for m, n in (("fourier", 76), ("wersa", 56))},
 }
 for name, base in (("listops", LISTOPS), ("lego", LEGO)):
-    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(5e-4, 2e-3), base=base, arms=WAVSPA, prepare=SHORT)
+    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(2e-3,), base=base, arms=WAVSPA, prepare=SHORT)
+SUITES["wavspa_rate"] = dict(SUITES["wavspa_listops"], rates=(5e-4,), arms={arm: WAVSPA[arm] for arm in ("attention", "attention in fixed", "attention in ada", "control: convolution, then attention")})
 WERSA = {
     "attention": ["--mixer=attention"],
     "haar": ["--mixer=haar", "--n_embd=72"],
