@@ -629,7 +629,7 @@ def test_overfits_one_batch(text):  # catches: what only training shows: a wrong
             optimizer.step()
     assert loss < 0.05
 
-@each("text", ("attention", "haar", "haar haar_causal=partial", "wavspa wavspa_causal=atrous", "wavspa inner=wersa", "wersa", "fourier"))
+@each("text", ("attention", "haar", "haar haar_encoder=atrous haar_causal=partial", "wavspa wavspa_causal=atrous", "wavspa inner=wersa", "wersa", "fourier"))
 def test_compiles_into_one_graph(text, monkeypatch):  # catches: a Python number read from a tensor, a list of shapes that the compiler cannot follow
     monkeypatch.undo()
     torch._dynamo.reset()
