@@ -575,7 +575,7 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, gains not adaptive": ["--mixer=wersa", "--wersa_adaptive=False"],
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
-for name, base, arms, rates in (("listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("recall", RECALL, RELU, (5e-4, 1e-3)), ("imdb", IMDB, RELU, (5e-4, 2e-3))):
+for name, base, arms, rates in (("listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("recall", RECALL, RELU, (5e-4,)), ("imdb", IMDB, RELU, (5e-4, 2e-3))):
     SUITES[f"wersa_{name}"] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT)
 SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1"])   # alone on the machine
 SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, arms={
