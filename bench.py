@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -52,6 +53,7 @@ VARIANTS = {
     "attention": dict(mixer="attention"),
     "haar atrous": dict(mixer="haar"),
     "haar atrous, concat": dict(mixer="haar", haar_aggregate="concat"),
+    "haar atrous, gated": dict(mixer="haar", haar_gate=True),
     "haar atrous, fixed taps": dict(mixer="haar", haar_learnable=False),
     "haar partial": dict(mixer="haar", haar_causal="partial"),
     "haar partial, tiled": dict(mixer="haar", haar_causal="partial", haar_tile=True),
@@ -211,10 +213,13 @@ def earlier(path):
         raise argparse.ArgumentTypeError(f"{path} was not written by bench.py speed --json")
 
 
-def some_arm(word):
-    if not any(word in name for name in SPEED):
-        raise argparse.ArgumentTypeError(f"no arm's name holds {word}, there are: {'; '.join(SPEED)}")
-    return word
+def chosen(arms, word):
+    """The arm that --only names, or all whose name holds it."""
+    found = {name: arm for name, arm in arms.items() if not word or word == name or word in name and word not in arms}
+    if not found:
+        print(f"no arm's name holds --only={word}, there are: {'; '.join(arms)}", file=sys.stderr)
+        sys.exit(2)
+    return found
 
 
 def holding_model(folder):
@@ -291,10 +296,10 @@ def promises(kind, causal, flags, card):
 
 def speed(args):
     cuda = torch.cuda.is_available()
-    card = dict(device="cuda" if cuda else "cpu", name=torch.cuda.get_device_name() if cuda else cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__,
+    card = dict(device="cuda" if cuda else "cpu", name=machine_name(), threads=torch.get_num_threads(), torch=torch.__version__,
                 dtype=args.dtype or ("bfloat16" if cuda else "float32"), compile=cuda, git=git_state(), batch=1, n_embd=args.n_embd, n_head=args.n_head, budget=0.15)
     lengths = args.lengths or [2**i for i in (range(10, 18) if cuda else (9, 10, 11, 12, 13, 15))]
-    wanted = [name for name in SPEED if not args.only or args.only in name]
+    wanted = chosen(SPEED, args.only)
     arms = {name: arm for name, arm in SPEED.items() if name in wanted or name in {SPEED[w][2] for w in wanted}}
     print("  ".join(f"{k} {v}" for k, v in card.items() if k != "budget"))
     for kind, causal, _, flags, _ in arms.values():
@@ -478,12 +483,14 @@ def steps(args):
             if turn:                                           # the first warms up
                 seconds[name].append((time.perf_counter() - began) / n)
     first = statistics.median(seconds[next(iter(seconds))])
-    print(f"{torch.cuda.get_device_name() if cuda else cpu_name()}, torch {torch.__version__}, {git_state()}: {B} rows of {shape['block_size']} tokens, {shape}\n\n| | ms a step | tokens a second | against the first |\n|---|---|---|---|")
+    print(f"{machine_name()}, torch {torch.__version__}, {git_state()}: {B} rows of {shape['block_size']} tokens, {shape}\n\n| | ms a step | tokens a second | against the first |\n|---|---|---|---|")
     for name, s in seconds.items():
         print(f"| {name} | {statistics.median(s) * 1e3:.1f} | {idx[0].numel() / statistics.median(s):,.0f} | {first / statistics.median(s):.2f} |")
 
 
-def cpu_name():
+def machine_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     try:
         return re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read())[1]
     except (OSError, TypeError):
@@ -510,10 +517,13 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=136"],
         "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"],
         "haar, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=136"],
+        "haar, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate"],
+        **{f"haar, undecimated encoder, gated, {c} cross": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
         "haar, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=136"]}),
     "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
+        "haar atrous, gated": ["--mixer=haar", "--haar_gate", "--n_embd=136"],
         "haar partial": ["--mixer=haar", "--haar_causal=partial", "--n_embd=148"],
         "wavspa sorted": ["--mixer=wavspa", "--levels=3"],
         "wersa": ["--mixer=wersa"],
@@ -546,6 +556,8 @@ SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_siz
     "haar, aligned cross, fixed taps": ["--mixer=haar", "--haar_learnable=False", "--n_embd=68"],
     "haar, aligned cross, 3 levels": ["--mixer=haar", "--levels=3", "--n_embd=68"],
     "haar, aligned cross, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=68"],
+    "haar, aligned cross, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate"],
+    **{f"haar, {c} cross, undecimated encoder": ["--mixer=haar", f"--cross={c}", "--haar_encoder=atrous", "--n_embd=72"] for c in ("attention", "wersa")},
     "haar, aligned cross, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=68"],
     "haar, aligned cross, concat": ["--mixer=haar", "--haar_aggregate=concat", "--n_embd=52"],
     "haar, aligned cross, by place alone": ["--mixer=haar", "--aligned_content=False", "--n_embd=68"],
@@ -562,8 +574,7 @@ WAVSPA = {
     **{f"{m} in ortho": ["--mixer=wavspa", "--levels=2", f"--inner={m}", f"--n_embd={n}"] for m, n in (("fourier", 76), ("wersa", 56))},
 }
 for name, base in (("listops", LISTOPS), ("lego", LEGO)):
-    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(2e-3,), base=base, arms=WAVSPA, prepare=SHORT)
-SUITES["wavspa_rate"] = dict(SUITES["wavspa_listops"], rates=(5e-4,), arms={arm: WAVSPA[arm] for arm in ("attention", "attention in fixed", "attention in ada", "control: convolution, then attention")})
+    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(2e-3, 5e-4), base=base, arms=WAVSPA, prepare=SHORT, data="short")
 WERSA = {
     "attention": ["--mixer=attention"],
     "haar": ["--mixer=haar", "--n_embd=72"],
@@ -575,16 +586,31 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, gains not adaptive": ["--mixer=wersa", "--wersa_adaptive=False"],
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
-for name, base, arms, rates in (("listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("recall", RECALL, RELU, (5e-4,)), ("imdb", IMDB, RELU, (5e-4, 2e-3))):
-    SUITES[f"wersa_{name}"] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT)
+for name, base, arms, rates in (("wersa_listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("wersa_recall", RECALL, RELU, (5e-4,)),
+                                ("imdb", IMDB, RELU | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (2e-3, 5e-4))):
+    SUITES[name] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT, data="short")
+# the papers' sizes, for a GPU: minutes a run there, hours on a CPU
+LONG = "--n_layer=4 --dropout=0.1 --batch_size=32 --warmup_iters=500 --max_iters=10000 --eval_interval=1000".split()
+ENCODERS = {
+    "attention": ["--mixer=attention"], "fourier": ["--mixer=fourier", "--n_embd=156"],
+    **{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}"] for l in (0, 2)}, "wersa, L=2, m=1024": ["--mixer=wersa", "--n_features=1024"],
+    "haar": ["--mixer=haar", "--n_embd=144"], "haar, undecimated, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", "--n_embd=136"],
+    **{f"attention in {p}": ["--mixer=wavspa", f"--wavelet_params={p}", "--levels=2"] for p in ("fixed", "ada", "ortho", "lift")},
+    "wersa in ada": ["--mixer=wavspa", "--wavelet_params=ada", "--levels=2", "--inner=wersa"],
+    "control: convolution, then attention": ["--mixer=wavspa", "--wavelet_params=conv"],
+}
+for name, flags in (("listops", []), ("pathfinder", []), ("imdb", ["--block_size=4096"])):
+    SUITES[f"{name}_long"] = dict(seeds=(1, 2, 3), rates=(1e-3, 3e-4), base=[f"--dataset={name}", *flags, *LONG], arms=ENCODERS, data="long")
+SUITES["multi30k_long"] = dict(seeds=(1, 2, 3), rates=(2e-3, 1e-3), base=[*PAIR, "--n_layer=4", "--max_iters=12000", "--eval_interval=1000", "--warmup_iters=1000", "--dropout=0.2", "--beam=5"], prepare={
+    "multi30k": dict(vocab_size=10_000)}, data="long", arms={arm: SUITES["multi30k"]["arms"][arm] for arm in ("attention", "wersa", "haar, undecimated encoder, gated")})
 SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1"])   # alone on the machine
-SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, arms={
+SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, data="short", arms={
     **{f"numbers: {arm}": flags for arm, flags in list(SUITES["lmwt"]["arms"].items())[:3]},
     **{f"listops: {arm}": ["--dataset=listops", "--batch_size=32", *flags] for arm, flags in WAVSPA.items()},
     **{f"recall: {arm}": ["--dataset=recall", *flags] for arm, flags in WERSA.items()},
 })
 SUITES["smoke"]["arms"] = {arm: [f for f in flags if not f.startswith("--n_embd")] for arm, flags in SUITES["smoke"]["arms"].items()}
-SUITES["tasks"] = dict(seeds=(1337,), rates=(2e-3,), base=[], arms={arm: flags.split() for arm, flags in TASKS.items()}, prepare={
+SUITES["tasks"] = dict(seeds=(1337,), rates=(2e-3,), base=[], data="tasks", arms={arm: flags.split() for arm, flags in TASKS.items()}, prepare={
     "listops": dict(min_len=10, max_len=100), "pathfinder": dict(rows=20_000), "wmt16": dict(vocab_size=4000), "recall": dict(n_pairs=8, n_keys=32), "text": dict(tokenizer="bytes")})
 COLUMNS = ("suite arm seed learning_rate params steps seconds val_loss test_loss test_metric metric n trivial groups far moved data_rows data_tokens data_seconds "
            "git machine torch threads flags").split()
@@ -602,28 +628,26 @@ def read_rows(path):
 
 def quality(args):
     suite, path = SUITES[args.suite], HERE / "results" / f"{args.suite}.csv"
-    arms = {arm: [*suite["base"], *flags] for arm, flags in suite["arms"].items()}
-    names = {dataset_of(flags) for flags in arms.values()}
+    arms = {arm: [*suite["base"], *flags] for arm, flags in chosen(suite["arms"], args.only).items()}
+    names, data_dir = {dataset_of(flags) for flags in arms.values()}, os.path.join(args.data_dir, suite.get("data", ""))
     for name in sorted(names):
-        prepare(name, args.data_dir, source=args.source if len(names) == 1 else None, **suite.get("prepare", {}).get(name, {}))
-    done = {(r["arm"], r["seed"], r["learning_rate"]) for r in read_rows(path)}
+        prepare(name, data_dir, source=args.source if len(names) == 1 else None, **suite.get("prepare", {}).get(name, {}))
     rate_of = lambda arm, rate: next((f.split("=")[1] for f in arms[arm] if f.startswith("--learning_rate=")), str(rate))
-    todo = [job for job in product(arms, map(str, suite["seeds"]), suite["rates"]) if (*job[:2], rate_of(job[0], job[2])) not in done]
     git = git_state()
     threads, writing = max(1, torch.get_num_threads() // args.jobs), Lock()
 
     def one(job):
         arm, seed, rate = job
-        with tempfile.TemporaryDirectory() as out:
-            flags = [f"--seed={seed}", f"--learning_rate={rate}", *arms[arm], f"--data_dir={args.data_dir}"]
-            run = subprocess.run([sys.executable, str(HERE / "train.py"), *flags, f"--out_dir={out}/run"], capture_output=True, text=True,
-                                 env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
-            if run.returncode:
-                raise SystemExit(f"{arm}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
-            result = json.load(open(f"{out}/run/result.json"))
-            trained, *_ = load_model(f"{out}/run/best.pt")
-        row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate_of(arm, rate), git=git, torch=torch.__version__, threads=threads,
-                   machine=cpu_name(), flags=" ".join(flags[:-1]), trivial=json.dumps(result["trivial"]), groups=json.dumps(result["test"].get("groups", {})),
+        out = Path(args.data_dir) / "runs" / args.suite / re.sub(r"\W+", "-", f"{arm} {seed} {rate} {git}")
+        flags = [f"--seed={seed}", f"--learning_rate={rate}", *arms[arm], f"--data_dir={data_dir}"]
+        run = subprocess.run([sys.executable, str(HERE / "train.py"), *flags, f"--out_dir={out}", "--resume"], capture_output=True, text=True,
+                             env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+        if run.returncode:
+            raise SystemExit(f"{arm}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
+        result = json.load(open(out / "result.json"))
+        trained, *_ = load_model(out / "best.pt")
+        row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate, git=git, torch=torch.__version__, threads=threads,
+                   machine=machine_name(), flags=" ".join(flags[:-1]), trivial=json.dumps(result["trivial"]), groups=json.dumps(result["test"].get("groups", {})),
                    moved=json.dumps({name: [round(row[0], 4) for row in rows] for name, rows in learned(trained).items()}), far=json.dumps(result.get("far", {})), **{f"data_{k}": v for k, v in result["data"].items()})
         with writing:                                          # the file is rewritten as a whole, so that a kill leaves the old one or the new one
             rows = [*read_rows(path), row]
@@ -631,19 +655,28 @@ def quality(args):
             with replacing(path) as f:
                 w = csv.DictWriter(f, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
                 w.writeheader(), w.writerows(rows)
+        shutil.rmtree(out)
         print(f"{arm}, seed {seed}, rate {row['learning_rate']}: {result['metric']} {result['test_metric']:.4f}, {result['params']:,} parameters, {result['seconds']:.0f} s", flush=True)
 
-    print(f"{args.suite}: {len(todo)} of {len(arms) * len(suite['seeds']) * len(suite['rates'])} runs to do, {args.jobs} at a time on {threads} thread(s) each", flush=True)
+    first, *more = map(str, suite["seeds"])                    # the first seed tries all rates, the others go on at the one that is best on val
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, todo))
+        for seeds, rates in (([first], lambda arm: suite["rates"]), (more, lambda arm: {rs[0]["learning_rate"] for a, rs in arms_of(path).items() if a == arm})):
+            jobs = list(dict.fromkeys((arm, seed, rate_of(arm, rate)) for arm in arms for seed in seeds for rate in rates(arm)))
+            todo = [job for job in jobs if job not in {(r["arm"], r["seed"], r["learning_rate"]) for r in read_rows(path)}]
+            print(f"{args.suite}: {len(todo)} of {len(jobs)} runs to do, {args.jobs} at a time on {threads} thread(s) each", flush=True)
+            list(pool.map(one, todo))
 
 
 def arms_of(path):
-    """A suite's CSV -> {arm: its rows at the learning rate that is best on val}."""
-    arms = {}
+    """A suite's CSV -> {arm: its rows at the learning rate that is best on val, by the seed that tried them all}."""
+    arms, best = {}, {}
     for r in read_rows(path):
         arms.setdefault(r["arm"], {}).setdefault(r["learning_rate"], []).append(r)
-    return {arm: min(rates.values(), key=lambda rs: statistics.mean(float(r.get("val_loss") or 0) for r in rs)) for arm, rates in arms.items()}
+    for arm, rates in arms.items():
+        tried = [{r["seed"] for r in rs} for rs in rates.values()]
+        common = set.intersection(*tried) or set.union(*tried)
+        best[arm] = min(rates.values(), key=lambda rs: statistics.mean(float(r.get("val_loss") or 0) for r in rs if r["seed"] in common))
+    return best
 
 
 def mean_std(values):
@@ -790,13 +823,13 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # | head is no error
     p = Parser(description=__doc__)
     p.add("what", choices=["speed", "steps", "variants", "quality", "report"], help="what to measure")
-    p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings")
+    p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings; an interrupted one goes on where it stopped, in the middle of a run too")
     p.add("--source", help="where the suite's data set comes from: a text for decoders, a folder for multi30k")
     p.add("--data_dir", default="data")
+    p.add("--only", help="one arm, or all whose name holds this (speed, quality)")
     p.add("--jobs", type=int, default=1, low=1, high=1024, help="trainings at a time, sharing the cores")
     p.section("speed")
     p.add("--lengths", type=lengths, help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU; steps: one length, for 2 rows of a small model")
-    p.add("--only", type=some_arm, help="arms whose name holds this")
     p.add("--n_embd", type=int, default=128, low=1, high=2**16)
     p.add("--n_head", type=int, default=4, low=1, high=2**16)
     p.add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")

@@ -58,6 +58,7 @@ class ModelConfig:
     haar_learnable: bool = True     # False freezes the taps at Haar's
     haar_tile: bool = False         # True = the paper's plain tiling, which has rank T/2
     haar_encoder: str = "block"     # block (the paper's, decimated) | atrous (undecimated, centred)
+    haar_gate: bool = False         # True = y * silu(W x) before the projection: the mixer is no longer linear in x
     haar_causal: str = "atrous"     # atrous | partial | literal (leaks; kept for the record)
     wavelet: str = "db2"            # haar | db2 ... db20 | lazy (even and odd samples) | random (4 orthonormal taps): the last two are controls
     wavelet_params: str = "ortho"   # fixed | ada | ortho | lift | conv (a control: the taps as a depthwise convolution before the inner mixer)
@@ -516,6 +517,7 @@ class Haar(nn.Module):
     - levels cover the whole block by default, since all layers share one dyadic grid and fewer levels would never let
       information out of a 2^L block;
     - an encoder without that grid (--haar_encoder=atrous): undecimated, each level's two taps 2^l apart around t;
+    - a gate that every token makes for itself (--haar_gate): without it nothing that is mixed depends on what is there;
     - a decoder that does not leak. The paper's block transform lets position t see the rest of its block ("literal").
       atrous: a_l[t] = alpha * a_{l-1}[t - 2^(l-1)] + beta * a_{l-1}[t], undecimated, state 2^L - 1 vectors (and one spare
       a level). partial: the literal module run on (x_0 .. x_t, 0, ...), in parallel for all t, state L vectors."""
@@ -533,17 +535,22 @@ class Haar(nn.Module):
         halves = 1 if cfg.haar_tile or self.form == "atrous" else 2
         # random signs across channels: equal weights would start at rank T/2, the very thing two halves repair
         self.weight = nn.Parameter(torch.randn(self.L + 1, halves, C) / math.sqrt(self.L + 1))
-        self.c_proj = nn.Linear(C * (self.L + 1 if self.concat else 1), C, bias=cfg.bias)
+        n = C * (self.L + 1 if self.concat else 1)
+        self.gate = nn.Linear(C, n, bias=cfg.bias) if cfg.haar_gate else None
+        self.c_proj = nn.Linear(n, C, bias=cfg.bias)
 
     def forward(self, x, mask=None):
         if mask is not None:
             x = x * mask[..., None]
         if self.form == "atrous":
-            return self.out(self.atrous(x, delayed) if self.causal else self.atrous(x, centred, mask))
-        return self.out(self.partial(x) if self.form == "partial" else self.block(x))
+            bands = self.atrous(x, delayed) if self.causal else self.atrous(x, centred, mask)
+        else:
+            bands = self.partial(x) if self.form == "partial" else self.block(x)
+        return self.out(bands, x)
 
-    def out(self, bands):                                      # weighted already: sum or concatenate, and project
-        return self.c_proj(torch.cat(bands, -1) if self.concat else sum(bands[1:], bands[0]))
+    def out(self, bands, x):                                   # weighted already: sum or concatenate, gate, and project
+        y = torch.cat(bands, -1) if self.concat else sum(bands[1:], bands[0])
+        return self.c_proj(y if self.gate is None else y * F.silu(self.gate(x)))
 
     def rows(self, l):
         """The matrices of level l on a pair (x_2i, x_2i+1): low (1, 2, C), which gives a, and for either half of the block
@@ -601,7 +608,7 @@ class Haar(nn.Module):
         return 0, torch.zeros(batch_size, self.L, self.taps.size(-1), device=device, dtype=dtype)
 
     def step(self, x_t, state):
-        t, past = state
+        (t, past), x = state, x_t
         if self.form == "atrous":
             bands = self.atrous(x_t, Ring(past, t))
         else:                                                  # literal on a zero-padded prefix is partial, so they share the step
@@ -615,7 +622,7 @@ class Haar(nn.Module):
                     x_t, *b = mix(torch.cat((low, read[0]))[:, :1], x_t)
                 bands += b
             past = torch.stack(left, 1)
-        return self.out(bands), (t + 1, past)
+        return self.out(bands, x), (t + 1, past)
 
 
 # -----------------------------------------------------------------------------

@@ -48,6 +48,7 @@ VARIANTS = [" ".join(v.split()) for v in """
     haar haar_causal=partial | haar haar_causal=partial haar_tile=1 | haar haar_causal=partial haar_aggregate=concat
     haar haar_causal=partial haar_aggregate=concat haar_tile=1 | haar haar_causal=partial haar_learnable=0 levels=2
     haar haar_encoder=atrous | haar haar_encoder=atrous haar_aggregate=concat levels=3
+    haar haar_gate=1 haar_encoder=atrous bias=1 | haar haar_gate=1 haar_causal=partial haar_aggregate=concat
     attention | attention pos=none bias=1 | wavspa | wavspa wavelet=haar | wavspa wavelet=haar wavelet_params=lift wavspa_shared=0 levels=2
     wavspa wavelet_params=ada wavspa_shared=0 | wavspa wavelet_params=lift inner=wersa | wavspa wavelet=db4 wavelet_params=fixed levels=3
     wavspa wavelet=db20 wavspa_shared=0 inner=wersa levels=2 | wavspa wavspa_causal=atrous levels=2
@@ -265,10 +266,10 @@ def test_every_parameter_learns(text, causal):  # catches: a weight never read, 
 # every mixer: a slow twin
 
 @each("form,agg", pairs(["block", "centred", "atrous", "partial"], ["sum", "concat"]))
-def test_haar_dense(form, agg):  # catches: halves or taps swapped, a weight at the wrong level, a reach of 2^l, a half that forgets the other
+def test_haar_dense(form, agg):  # catches: halves or taps swapped, a weight at the wrong level, a reach of 2^l, a half that forgets the other, a gate made of what was mixed
     for T, tile in product([1, 5, 16, 21, 40], BOTH):
         flag = {"block": "haar_encoder=block", "centred": "haar_encoder=atrous"}.get(form, f"haar_causal={form}")
-        m = mixer(f"haar {flag}", form in ("atrous", "partial"), haar_aggregate=agg, haar_tile=tile, n_embd=4, block_size=16).double()
+        m = mixer(f"haar {flag}", form in ("atrous", "partial"), haar_aggregate=agg, haar_tile=tile, haar_gate=T in (5, 21), n_embd=4, block_size=16).double()
         x = rand(2, T, 4, dtype=torch.float64)
         bands = [torch.zeros_like(x) for _ in range(m.L + 1)]
         for c, l in product(range(4), range(m.L + 1)):         # a, d: as rows of a T x T matrix, what they take from each x_t
@@ -280,7 +281,8 @@ def test_haar_dense(form, agg):  # catches: halves or taps swapped, a weight at 
             size, halves = 2 ** min(l + 1, m.L), m.weight.size(1)
             rows = torch.stack([m.weight[l, t // (size // 2) % halves, c] * d[t if every else t // size] for t in range(T)])
             bands[l][..., c] = x[..., c] @ (rows.tril() if form == "partial" else rows).T  # partial: each t has zeros for the future
-        close(m(x), m.c_proj(torch.cat(bands, -1) if agg == "concat" else sum(bands)), 1e-12)
+        y, gate = torch.cat(bands, -1) if agg == "concat" else sum(bands), m.gate(x) if m.gate else None
+        close(m(x), m.c_proj(y * gate / (1 + (-gate).exp()) if m.gate else y), 1e-12)
 
 def test_haar_forms():  # catches: tiling that is not plain, a repair that does not repair, a partial form that is not the literal one's
     for tile, rank in ((True, 16), (False, 32)):
@@ -503,7 +505,8 @@ def test_extremes(text, monkeypatch):  # catches: 300^2 in float16, a division b
     monkeypatch.undo()
     for causal in {False, "fourier" not in text}:
         m, none = mixer(text, causal), torch.zeros(2, 9, dtype=torch.bool)
-        for y in (m(torch.zeros(2, 9, 16)), m(rand(2, 9, 16), none), m(rand(2, 1, 16)), copy.deepcopy(m).half()(300 * rand(1, 64, 16).half())):
+        most = 60 if "gate" in text else 300                   # a gated output is a product: at 300 its true value, 2e5, is no float16
+        for y in (m(torch.zeros(2, 9, 16)), m(rand(2, 9, 16), none), m(rand(2, 1, 16)), copy.deepcopy(m).half()(most * rand(1, 64, 16).half())):
             assert y.isfinite().all()
         with contextlib.suppress(ValueError):                  # "a sequence needs at least one token"
             assert m(torch.zeros(2, 0, 16)).shape == (2, 0, 16)
