@@ -755,18 +755,18 @@ def moved(ax, rs, title):
     ax.set(xlabel="level", ylabel="RMS distance", title=title, ylim=(0, None)), ax.legend(fontsize=7)
 
 
-def config_of(flags):
-    """The mixer that a run's flags name, for what can be told without its weights."""
+def config_of(flags, **more):
+    """The model that a run's flags name, for what can be told without its data set and weights."""
     fields = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
     words = {k: v for k, _, v in (f.removeprefix("--").partition("=") for f in flags.split()) if k in fields}
-    return ModelConfig(arch="decoder", **{k: fields[k](v) if fields[k] is not bool else v.lower() not in ("false", "0") for k, v in words.items()})
+    return ModelConfig(**more | {k: fields[k](v) if fields[k] is not bool else v.lower() not in ("false", "0") for k, v in words.items()})
 
 
 def state_against(ax, arms, times):
     """Bits per byte against the seconds of a training step, and against the bytes of state per token of context."""
     for arm, rs in arms.items():
         y, e = mean_std(score(rs))
-        cfg = config_of(rs[0]["flags"])
+        cfg = config_of(rs[0]["flags"], arch="decoder")
         size = state_bytes(fast_forward(model.WaveletTransformer(cfg).init_state(1)["mixers"], cfg.block_size)) / cfg.block_size
         for a, x in ((ax[0], float(times[arm][0]["seconds"]) / int(times[arm][0]["steps"]) if arm in times else None), (ax[1], size)):
             if x:

@@ -1555,18 +1555,42 @@ def test_the_tables_and_figures_come_from_the_csv(tmp_path):
 
 
 def test_a_suite_appends_rows_and_skips_them(tmp_path):
-    # catches: a finished run trained again, a row that lacks its flags, a rate chosen on the test set
+    # catches: a finished run trained again, an interrupted one begun again, a row that lacks its flags, a rate chosen on the test set or by seeds that not all rates saw
     for name in ("bench.py", "model.py", "prepare_data.py", "sample.py", "train.py"):
         shutil.copy(os.path.join(HERE, name), tmp_path)
-    only = "import bench; s = bench.SUITES['smoke']; s['arms'] = dict(list(s['arms'].items())[1:2]); s['base'] += ['--max_iters=1', '--eval_rows=2', '--metric_rows=1']; " \
-        "import sys; sys.argv = ['bench.py', 'quality']; bench.quality(bench.argparse.Namespace(suite='smoke', data_dir='data', source=None, jobs=1))"
-    said = [subprocess.run([sys.executable, "-c", only], cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True) for _ in range(2)]
-    assert "1 of 1 runs to do" in said[0].stdout and "0 of 1 runs to do" in said[1].stdout, said[0].stderr
-    row, = csv.DictReader(open(tmp_path / "results" / "smoke.csv"))
-    assert row["arm"] == "numbers: attention, aligned cross" and "--cross=aligned" in row["flags"] and float(row["val_loss"]) > 0 and row["machine"]
+    (tmp_path / "miniature.py").write_text("import sys, bench; s = bench.SUITES['smoke']; s['arms'] = dict(list(s['arms'].items())[1:2]); s.update(seeds=(1, 2), rates=(2e-3, 0.0))\n"
+        "s['base'] += ['--max_iters=4', '--eval_interval=2', '--eval_rows=2', '--metric_rows=1']; sys.argv = ['bench.py', 'quality']\n"
+        "bench.quality(bench.argparse.Namespace(suite='smoke', data_dir='data', source=None, jobs=1, only='aligned'))")
+    begin = lambda: subprocess.Popen([sys.executable, "miniature.py"], cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    first, runs = begin(), tmp_path / "data" / "runs" / "smoke"
+    while not list(runs.glob("*/ckpt.pt")) and first.poll() is None:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGINT)
+    assert first.wait() and not (tmp_path / "results").exists()
+    said = [begin().communicate()[0] for _ in range(2)]
+    assert re.findall(r"(\d of \d) runs", said[0]) == ["2 of 2", "1 of 1"] and re.findall(r"(\d of \d) runs", said[1]) == ["0 of 2", "0 of 1"], said
+    assert not list(runs.iterdir())                            # a run that begins anew moves the earlier one aside
+    rows = list(csv.DictReader(open(tmp_path / "results" / "smoke.csv")))
+    assert [(r["seed"], r["learning_rate"]) for r in rows] == [("1", "0.002"), ("1", "0.0"), ("2", "0.002")]
+    assert all(r["arm"] == "numbers: attention, aligned cross" and "--cross=aligned" in r["flags"] and float(r["val_loss"]) > 0 and r["machine"] for r in rows)
     import bench
-    (tmp_path / "x.csv").write_text("arm,learning_rate,val_loss,test_metric\na,1,2.0,0.9\na,2,1.0,0.5\n")
-    assert bench.arms_of(tmp_path / "x.csv")["a"][0]["test_metric"] == "0.5"
+    (tmp_path / "x.csv").write_text("arm,seed,learning_rate,val_loss,test_metric\na,1,1,2.0,0.9\na,1,2,1.0,0.5\na,2,2,9.0,0.4\n")
+    assert [r["test_metric"] for r in bench.arms_of(tmp_path / "x.csv")["a"]] == ["0.5", "0.4"]
+
+
+def test_arms_are_matched():
+    # catches: an arm that is larger than what it is compared with, a flag of a suite that train.py does not take
+    import bench
+    for path in glob.glob(os.path.join(HERE, "results", "*.csv")):
+        rows = list(csv.DictReader(open(path)))
+        base = [int(r["params"]) for r in rows if r["arm"] == "attention"]
+        assert path.endswith(("tasks.csv", "numbers.csv", "positions.csv")) or all(abs(int(r["params"]) / base[0] - 1) < 0.1 for r in rows), path
+    flags = set(re.findall(r"--\w+", run("train.py", "--help", cwd=HERE)))
+    for suite in bench.SUITES.values():
+        for arm in suite["arms"].values():
+            words = [*suite["base"], *arm]
+            assert {w.split("=")[0] for w in words} <= flags, words
+            bench.config_of(" ".join(words), arch="encoder", block_size=2048)
 
 
 # -----------------------------------------------------------------------------
