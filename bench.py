@@ -543,7 +543,7 @@ TASKS = {  # every data set with a short training of one mixer, to be held again
 }
 SMALL = "--n_embd=64 --warmup_iters=50".split()
 LISTOPS = ["--dataset=listops", *SMALL, "--batch_size=32", "--max_iters=1500", "--eval_interval=500"]
-LEGO = ["--dataset=lego", *SMALL, "--batch_size=64", "--max_iters=1500", "--eval_interval=500"]
+LEGO = ["--dataset=lego", *SMALL, "--batch_size=64", "--n_layer=4", "--max_iters=1000", "--eval_interval=500"]
 RECALL = ["--dataset=recall", *SMALL, "--n_head=2", "--warmup_iters=200", "--batch_size=64", "--max_iters=6000", "--eval_interval=1000"]
 IMDB = ["--dataset=imdb", *SMALL, "--block_size=256", "--eval_block_size=512", "--batch_size=32", "--max_iters=1000", "--eval_interval=250"]
 SHORT = {"listops": dict(min_len=10, max_len=100), "lego": dict(n_links=6, n_tr=3), "recall": dict(n_pairs=4, n_keys=16)}
@@ -573,8 +573,8 @@ WAVSPA = {
     "attention in ortho, one a band": ["--mixer=wavspa", "--levels=2", "--wavspa_shared=False", "--n_embd=48"],
     **{f"{m} in ortho": ["--mixer=wavspa", "--levels=2", f"--inner={m}", f"--n_embd={n}"] for m, n in (("fourier", 76), ("wersa", 56))},
 }
-for name, base in (("listops", LISTOPS), ("lego", LEGO)):
-    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=(2e-3, 5e-4), base=base, arms=WAVSPA, prepare=SHORT, data="short")
+for name, base, rates in (("listops", LISTOPS, (2e-3, 5e-4)), ("lego", LEGO, (1e-3,))):
+    SUITES[f"wavspa_{name}"] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=WAVSPA, prepare=SHORT, data="short")
 WERSA = {
     "attention": ["--mixer=attention"],
     "haar": ["--mixer=haar", "--n_embd=72"],
@@ -587,7 +587,7 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
 for name, base, arms, rates in (("wersa_listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("wersa_recall", RECALL, RELU, (5e-4,)),
-                                ("imdb", IMDB, RELU | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (2e-3, 5e-4))):
+                                ("imdb", IMDB, RELU | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
     SUITES[name] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT, data="short")
 # the papers' sizes, for a GPU: minutes a run there, hours on a CPU
 LONG = "--n_layer=4 --dropout=0.1 --batch_size=32 --warmup_iters=500 --max_iters=10000 --eval_interval=1000".split()
