@@ -148,6 +148,7 @@ SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest 
     "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 4096),
     "haar": ("haar", False, "flash SDPA", {}, 32768),
     "haar undecimated, L=8": ("haar", False, "flash SDPA", dict(haar_encoder="atrous", levels=8), 32768),
+    "haar undecimated, gated, L=8": ("haar", False, "flash SDPA", dict(haar_encoder="atrous", levels=8, haar_gate=True), 32768),
     "wavspa, 1 level": ("wavspa", False, "flash SDPA", dict(levels=1), 8192),
     "wersa": ("wersa", False, "flash SDPA", {}, 32768),
     "wersa m=1024": ("wersa", False, "flash SDPA", dict(n_features=1024), 32768),
@@ -409,21 +410,27 @@ def speed_summary(result):
                 yield f"| {name} | " + " | ".join(f"{v:.3f}" for v in ms) + f" | {ms[-1] / ms[0]:.2f} |"
 
 
+def against_length(ax, result, key, scale, label, names):
+    """Time or memory of these arms by length; a ring where an arm gets ahead of flash SDPA for good."""
+    for name in names:
+        _, causal, base, _, _ = SPEED[name]
+        points = [(c["T"], c[key] * scale) for c in result["cells"] if c["arm"] == name and c["mode"] == "forward and backward" and c[key]]
+        if points and base.startswith("flash"):
+            line, = ax.plot(*zip(*points), marker=".", ls="--" if causal else "-", lw=2.5 if name == base else 1.2, label=name)
+            cross = result["crossover"].get(name, {}).get(key)
+            ax.plot(*[p for p in zip(*[p for p in points if p[0] == cross])] or ([], []), "o", ms=9, mfc="none", color=line.get_color())
+    ax.set(yscale="log", xlabel="tokens", ylabel=label)
+    ax.set_xscale("log", base=2)
+    ax.legend(fontsize=7)
+
+
 def speed_plot(result, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for ax, key, scale, label in ((axes[0], "median", 1e3, "ms, forward and backward"), (axes[1], "memory", 2**-20, "peak MiB over module and input")):
-        for name, (_, causal, base, _, _) in SPEED.items():
-            points = [(c["T"], c[key] * scale) for c in result["cells"] if c["arm"] == name and c["mode"] == "forward and backward" and c[key]]
-            if points and base.startswith("flash"):
-                line, = ax.plot(*zip(*points), marker=".", ls="--" if causal else "-", lw=2.5 if name == base else 1.2, label=name)
-                cross = result["crossover"].get(name, {}).get(key)
-                ax.plot(*[p for p in zip(*[p for p in points if p[0] == cross])] or ([], []), "o", ms=9, mfc="none", color=line.get_color())
-        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        ax.set_xscale("log", base=2)
-    axes[0].legend(fontsize=7)
+        against_length(ax, result, key, scale, label, SPEED)
     card = result["card"]
     figure.suptitle(f"{card['name']}, {card['dtype']}, torch {card['torch']}, {card['n_embd']} channels, {card['n_head']} heads; a ring: from here on ahead of flash SDPA", fontsize=9)
     figure.savefig(path, dpi=110)
@@ -545,8 +552,8 @@ SMALL = "--n_embd=64 --warmup_iters=50".split()
 LISTOPS = ["--dataset=listops", *SMALL, "--batch_size=32", "--max_iters=1500", "--eval_interval=500"]
 LEGO = ["--dataset=lego", *SMALL, "--batch_size=64", "--n_layer=4", "--max_iters=1000", "--eval_interval=500"]
 RECALL = ["--dataset=recall", *SMALL, "--n_head=2", "--warmup_iters=200", "--batch_size=64", "--max_iters=6000", "--eval_interval=1000"]
-IMDB = ["--dataset=imdb", *SMALL, "--block_size=256", "--eval_block_size=512", "--batch_size=32", "--max_iters=1000", "--eval_interval=250"]
-SHORT = {"listops": dict(min_len=10, max_len=100), "lego": dict(n_links=6, n_tr=3), "recall": dict(n_pairs=4, n_keys=16)}
+IMDB = ["--dataset=imdb", *SMALL, "--block_size=256", "--eval_block_size=512", "--batch_size=32", "--max_iters=800", "--eval_interval=400"]
+SHORT = {"listops": dict(min_len=10, max_len=100), "lego": dict(n_links=6, n_tr=3), "recall": dict(n_pairs=4, n_keys=16), "imdb": dict(tokenizer="gpt2")}
 SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_size=32", "--max_iters=600", "--eval_interval=300"], arms={
     "attention": ["--mixer=attention"],
     "attention, aligned cross": ["--mixer=attention", "--cross=aligned", "--n_embd=60"],
@@ -709,10 +716,20 @@ def table(path):
             r = rs[0]
             lines.append(f"| {arm} | {int(r['data_rows']):,} | {int(r['data_tokens']):,} | {float(r['data_seconds']):.1f} s | {r['metric']} {said(score(rs))} | {listed(trivial(r))} | {r['steps']} |")
         return "\n".join(lines)
-    beyond = far(first)
-    lines = [f"| arm | parameters | {first['metric']}, test |" + (f" at up to {beyond['block_size']} tokens |" if beyond else "") + " test loss | n |", "|---|---|---|---|---|" + "---|" * bool(beyond)]
-    for arm, rs in sorted(arms.items(), key=lambda x: statistics.mean(score(x[1])), reverse=first["metric"] not in LOWER):
-        lines.append(f"| {arm} | {int(rs[0]['params']):,} | {said(score(rs))} |" + (f" {said([far(r)['metric'] for r in rs])} |" if beyond else "") + f" {said(score(rs, 'test_loss'))} | {len(rs)} |")
+    beyond, rows = far(first), read_rows(path)
+    at = lambda rate, arm: [r for r in rows if (r["learning_rate"], r["arm"]) == (rate, arm)]
+    columns = {"arm": lambda rs: rs[0]["arm"], "parameters": lambda rs: f"{int(rs[0]['params']):,}", f"{first['metric']}, test": lambda rs: said(score(rs))}
+    if beyond:
+        columns[f"at up to {beyond['block_size']} tokens"] = lambda rs: said([far(r)["metric"] for r in rs])
+    columns |= {"test loss": lambda rs: said(score(rs, "test_loss")), "n": len}
+    rates = sorted({r["learning_rate"] for r in rows}, key=float)
+    if len(rates) > 1:                                         # what val chose, and the choice itself
+        columns["rate"] = lambda rs: rs[0]["learning_rate"]
+        for rate in rates:
+            columns[f"test at {rate}"] = lambda rs, rate=rate: said(score(at(rate, rs[0]["arm"]))) if at(rate, rs[0]["arm"]) else ""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for rs in sorted(arms.values(), key=lambda rs: statistics.mean(score(rs)), reverse=first["metric"] not in LOWER):
+        lines.append("| " + " | ".join(str(f(rs)) for f in columns.values()) + " |")
     if trivial(first):
         lines.append(f"\nWhat knows nothing: {listed(trivial(first))}" + (f"; at up to {beyond['block_size']} tokens: {listed(beyond['trivial'])}" if beyond else "") + ".")
     return "\n".join(lines)
@@ -738,13 +755,14 @@ def curve(ax, arms, pattern, xlabel, default=None):
     ax.set(xlabel=xlabel, ylabel=next(iter(arms.values()))[0]["metric"], ylim=(0, None), xticks=x, xticklabels=x), ax.legend(loc="lower left")
 
 
-def by_group(ax, arms, xlabel):
-    """Accuracy by group, within what was trained and beyond."""
+def by_group(ax, arms, xlabel, read):
+    """Accuracy by group; read(row) -> {group: accuracy}."""
     for arm, rs in arms.items():
-        found = [json.loads(r["groups"]) | json.loads(r["far"]).get("groups", {}) for r in rs]
+        found = [read(r) for r in rs]
         x = sorted(map(int, found[0]))
         ax.plot(x, [statistics.mean(f[str(g)] for f in found) for g in x], marker="o", ls="--" if "L=0" in arm else "-", label=arm)
-    ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy", xticks=x, xticklabels=x), ax.legend(fontsize=8), ax.minorticks_off()
+    ax.set(xlabel=xlabel, ylabel="accuracy"), ax.legend(fontsize=8)
+    ax.set_xscale("log"), ax.set_xticks(x, x), ax.minorticks_off()
 
 
 def moved(ax, rs, title):
@@ -788,11 +806,17 @@ def figures(folder):
             fill(axes)
             figure.savefig(folder / f"{name}.png", dpi=100, metadata=dict(Software=None))
             plt.close(figure)
+    speed = json.load(open(HERE / "results" / "speed.json"))
+    draw("overview", {"multi30k"}, 2, lambda ax: (bars(ax[0], have["multi30k"], "Multi30k, English to German"),
+                                                  against_length(ax[1], speed, "median", 1e3, "ms, forward and backward", ("flash SDPA", "haar", "haar undecimated, gated, L=8", "wersa"))))
     draw("lmwt", {"lmwt"}, 1, lambda ax: bars(ax, have["lmwt"], "numbers: how the mixer and its reading of the source score"), (8, 4))
     draw("wavspa", {"wavspa_listops"}, 1, lambda ax: bars(ax, have["wavspa_listops"], "short ListOps: wavelet space, and controls"), (8, 5))
     draw("wersa", {"wersa_listops"}, 2, lambda ax: (curve(ax[0], have["wersa_listops"], r"wersa, L=(\d+)", "levels, short ListOps"),
                                                   curve(ax[1], have["wersa_listops"], r"wersa, L=2, m=(\d+)", "features per head, short ListOps", (60, "wersa, L=2"))))
-    draw("recall", {"wersa_recall"}, 1, lambda ax: by_group(ax, have["wersa_recall"], "pairs in the row (trained on 1 to 4)"), (8, 4.5))
+    groups, beyond = lambda r: json.loads(r["groups"]), lambda r: json.loads(r["far"]).get("groups", {})
+    draw("recall", {"wersa_recall"}, 1, lambda ax: by_group(ax, have["wersa_recall"], "pairs in the row (trained on 1 to 4)", lambda r: groups(r) | beyond(r)), (8, 4.5))
+    draw("lego", {"wavspa_lego"}, 2, lambda ax: (by_group(ax[0], have["wavspa_lego"], "link, rows of 6 (trained on links 1 to 3)", groups),
+                                                 by_group(ax[1], have["wavspa_lego"], "link, rows of 12", beyond)))
     draw("decoders", {"decoders", "decoders_time"}, 2, lambda ax: state_against(ax, have["decoders"], have["decoders_time"]))
     draw("taps", {"lmwt", "wavspa_listops"}, 2, lambda ax: (moved(ax[0], have["lmwt"]["haar, aligned cross"], "haar on numbers"),
                                                             moved(ax[1], have["wavspa_listops"]["attention in ada"], "ada on ListOps: all levels share their taps")))

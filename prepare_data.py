@@ -391,12 +391,12 @@ def text(out, source, tokenizer="gpt2"):
     return {"arch": "decoder", "metric": "bpb", "vocab_size": tok.vocab_size, "dtype": tok.dtype.name,
             "block_size": block_size, "splits": stats, "bytes": sizes, "skipped": {}, "tokenizer": {"kind": tokenizer}}
 
-def imdb(out, source=None, seed=1337, rows=None):
-    """IMDB reviews as bytes, negative or positive; val is a tenth of train, so that test chooses nothing."""
+def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes"):
+    """IMDB reviews as bytes or GPT-2's BPE, negative or positive; val is a tenth of train, so that test chooses nothing."""
     files = {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}
     splits, _ = hub(source, "stanfordnlp/imdb", files, lambda row: (row["text"], row["label"]))
     splits |= hold_out(splits["train"], seed, rows)
-    spec = {"kind": "bytes"}
+    spec = {"kind": tokenizer}
     return write_labelled(out, spec, encode_labelled(spec, splits), 1024, n_classes=2, classes=["negative", "positive"])
 
 def encode_labelled(spec, splits):
@@ -879,7 +879,7 @@ def main():
     parser.add("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
     parser.add("--vocab_size", type=int, low=1, high=2**24, help="ids of the trained BPE, special ones included")
-    parser.add("--tokenizer", choices=["gpt2", "bytes"], help="for text and arxiv [gpt2]")
+    parser.add("--tokenizer", choices=["gpt2", "bytes"], help="for text, arxiv [gpt2] and imdb [bytes]")
     parser.add("--rows", type=int, low=1, high=10**9, help="use only so many training rows")
     parser.add("--seed", type=int, low=0, high=2**63, help="for what is drawn or shuffled [1337]")
     for flag, what in dict(min_len="listops: a row is longer than so many tokens; arxiv: a document has at least as many", max_len="listops: and shorter than this",
