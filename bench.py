@@ -552,7 +552,7 @@ SMALL = "--n_embd=64 --warmup_iters=50".split()
 LISTOPS = ["--dataset=listops", *SMALL, "--batch_size=32", "--max_iters=1500", "--eval_interval=500"]
 LEGO = ["--dataset=lego", *SMALL, "--batch_size=64", "--n_layer=4", "--max_iters=1000", "--eval_interval=500"]
 RECALL = ["--dataset=recall", *SMALL, "--n_head=2", "--warmup_iters=200", "--batch_size=64", "--max_iters=6000", "--eval_interval=1000"]
-IMDB = ["--dataset=imdb", *SMALL, "--block_size=256", "--eval_block_size=512", "--batch_size=32", "--max_iters=800", "--eval_interval=400"]
+IMDB = ["--dataset=imdb", *SMALL, "--block_size=256", "--eval_block_size=512", "--batch_size=32", "--dropout=0.1", "--max_iters=500", "--eval_interval=100"]
 SHORT = {"listops": dict(min_len=10, max_len=100), "lego": dict(n_links=6, n_tr=3), "recall": dict(n_pairs=4, n_keys=16), "imdb": dict(tokenizer="gpt2")}
 SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_size=32", "--max_iters=600", "--eval_interval=300"], arms={
     "attention": ["--mixer=attention"],
@@ -594,7 +594,7 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
 for name, base, arms, rates in (("wersa_listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("wersa_recall", RECALL, RELU, (5e-4,)),
-                                ("imdb", IMDB, RELU | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
+                                ("imdb", IMDB, RELU | {"haar, undecimated, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate"]} | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
     SUITES[name] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT, data="short")
 # the papers' sizes, for a GPU: minutes a run there, hours on a CPU
 LONG = "--n_layer=4 --dropout=0.1 --batch_size=32 --warmup_iters=500 --max_iters=10000 --eval_interval=1000".split()
