@@ -741,7 +741,7 @@ def bars(ax, arms, title):
     for i, arm in enumerate(order):
         mean, std = mean_std(score(arms[arm]))
         ax.barh(i, mean, xerr=std or 0, color="tab:gray" if arm.startswith("control") else "tab:blue" if "attention" == arm else "tab:orange")
-    ax.set(yticks=range(len(order)), yticklabels=order, title=title, xlabel=next(iter(arms.values()))[0]["metric"])
+    ax.set(yticks=range(len(order)), yticklabels=[f"{arm}  {statistics.mean(score(arms[arm])):.3g}" for arm in order], title=title, xlabel=next(iter(arms.values()))[0]["metric"])
     for v in trivial(arms[order[0]][0]).values():
         ax.axvline(v, color="black", ls=":", lw=1)
 
@@ -762,7 +762,7 @@ def by_group(ax, arms, xlabel, read):
         x = sorted(map(int, found[0]))
         ax.plot(x, [statistics.mean(f[str(g)] for f in found) for g in x], marker="o", ls="--" if "L=0" in arm else "-", label=arm)
     ax.set(xlabel=xlabel, ylabel="accuracy"), ax.legend(fontsize=8)
-    ax.set_xscale("log"), ax.set_xticks(x, x), ax.minorticks_off()
+    ax.set_xscale("log" if x[-1] > 2 * len(x) else "linear"), ax.set_xticks(x, x), ax.minorticks_off()
 
 
 def moved(ax, rs, title):
@@ -808,8 +808,8 @@ def figures(folder):
             plt.close(figure)
     speed = json.load(open(HERE / "results" / "speed.json"))
     draw("overview", {"multi30k"}, 2, lambda ax: (bars(ax[0], have["multi30k"], "Multi30k, English to German"),
-                                                  against_length(ax[1], speed, "median", 1e3, "ms, forward and backward", ("flash SDPA", "haar", "haar undecimated, gated, L=8", "wersa"))))
-    draw("lmwt", {"lmwt"}, 1, lambda ax: bars(ax, have["lmwt"], "numbers: how the mixer and its reading of the source score"), (8, 4))
+                                                  against_length(ax[1], speed, "median", 1e3, "ms, forward and backward", ("flash SDPA", "haar", "haar undecimated, L=8", "wersa"))))
+    draw("lmwt", {"lmwt"}, 1, lambda ax: bars(ax, have["lmwt"], "numbers: mixers and crosses"), (8, 4))
     draw("wavspa", {"wavspa_listops"}, 1, lambda ax: bars(ax, have["wavspa_listops"], "short ListOps: wavelet space, and controls"), (8, 5))
     draw("wersa", {"wersa_listops"}, 2, lambda ax: (curve(ax[0], have["wersa_listops"], r"wersa, L=(\d+)", "levels, short ListOps"),
                                                   curve(ax[1], have["wersa_listops"], r"wersa, L=2, m=(\d+)", "features per head, short ListOps", (60, "wersa, L=2"))))
