@@ -525,6 +525,7 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"],
         "haar, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=136"],
         "haar, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate"],
+        "haar, undecimated encoder, gated, by place alone": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", "--aligned_content=False", "--n_embd=136"],
         **{f"haar, undecimated encoder, gated, {c} cross": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
         "haar, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=136"]}),
     "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
@@ -564,6 +565,7 @@ SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_siz
     "haar, aligned cross, 3 levels": ["--mixer=haar", "--levels=3", "--n_embd=68"],
     "haar, aligned cross, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=68"],
     "haar, aligned cross, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate"],
+    "haar, aligned cross, undecimated encoder, gated, by place alone": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", "--aligned_content=False", "--n_embd=68"],
     **{f"haar, {c} cross, undecimated encoder": ["--mixer=haar", f"--cross={c}", "--haar_encoder=atrous", "--n_embd=72"] for c in ("attention", "wersa")},
     "haar, aligned cross, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=68"],
     "haar, aligned cross, concat": ["--mixer=haar", "--haar_aggregate=concat", "--n_embd=52"],
