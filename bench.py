@@ -24,12 +24,11 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, redirect_stdout
-from itertools import product, takewhile
+from itertools import takewhile
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Lock
@@ -648,6 +647,8 @@ def quality(args):
     def one(job):
         arm, seed, rate = job
         out = Path(args.data_dir) / "runs" / args.suite / re.sub(r"\W+", "-", f"{arm} {seed} {rate} {git}")
+        if git.endswith("-dirty"):                             # what was trained before an edit is not gone on with
+            shutil.rmtree(out, ignore_errors=True)
         flags = [f"--seed={seed}", f"--learning_rate={rate}", *arms[arm], f"--data_dir={data_dir}"]
         run = subprocess.run([sys.executable, str(HERE / "train.py"), *flags, f"--out_dir={out}", "--resume"], capture_output=True, text=True,
                              env=dict(os.environ, OMP_NUM_THREADS=str(threads)))

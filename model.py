@@ -1206,7 +1206,7 @@ class CrossWersa(CrossAttention, Wersa):
 
 
 class Aligned(CrossAttention):
-    """Reading without attention over the source, LMWT's setting: target t looks at source place p = floor(ratio * t) only,
+    """Reading without attention over all of the source, LMWT's setting: target t looks at source place p = floor(ratio * t) only,
     through a window of tokens around p and, per level, the Haar approximations (block means) of the two blocks on either
     side of p's. The decoder's own state weighs these few candidates by place; with --aligned_content also by q.k.
     O(T log S), no T x S product. (ByteNet, arXiv 1610.10099, read its source by place, too.)"""
