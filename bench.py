@@ -642,10 +642,12 @@ def quality(args):
         prepare(name, data_dir, source=args.source if len(names) == 1 else None, **suite.get("prepare", {}).get(name, {}))
     rate_of = lambda arm, rate: next((f.split("=")[1] for f in arms[arm] if f.startswith("--learning_rate=")), str(rate))
     git = git_state()
-    threads, writing = max(1, torch.get_num_threads() // args.jobs), Lock()
+    threads, writing, failed = max(1, torch.get_num_threads() // args.jobs), Lock(), []
 
     def one(job):
         arm, seed, rate = job
+        if failed:                                             # after Ctrl-C, or a run that failed, no other begins
+            return
         out = Path(args.data_dir) / "runs" / args.suite / re.sub(r"\W+", "-", f"{arm} {seed} {rate} {git}")
         if git.endswith("-dirty"):                             # what was trained before an edit is not gone on with
             shutil.rmtree(out, ignore_errors=True)
@@ -653,6 +655,7 @@ def quality(args):
         run = subprocess.run([sys.executable, str(HERE / "train.py"), *flags, f"--out_dir={out}", "--resume"], capture_output=True, text=True,
                              env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
         if run.returncode:
+            failed.append(job)
             raise SystemExit(f"{arm}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
         result = json.load(open(out / "result.json"))
         trained, *_ = load_model(out / "best.pt")

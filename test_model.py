@@ -1566,7 +1566,7 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     while not list(runs.glob("*/ckpt.pt")) and first.poll() is None:
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGINT)
-    assert first.wait() and not (tmp_path / "results").exists()
+    assert first.wait() and not (tmp_path / "results").exists() and len(list(runs.iterdir())) == 1     # and none begun after it
     said = [begin().communicate()[0] for _ in range(2)]
     assert re.findall(r"(\d of \d) runs", said[0]) == ["2 of 2", "1 of 1"] and re.findall(r"(\d of \d) runs", said[1]) == ["0 of 2", "0 of 1"], said
     assert not list(runs.iterdir())                            # a run that begins anew moves the earlier one aside
