@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -695,7 +696,51 @@ TINY = ("--device=cpu --n_embd=16 --n_head=2 --n_layer=1 --batch_size=8 --max_it
         "--log_interval=1 --eval_rows=16 --metric_rows=2 --dropout=0.1").split()
 
 
+def script(path, argv, cwd, out):
+    """What a child of the fork server does: run a script, its words into files."""
+    os.chdir(cwd)
+    os.environ["HF_HUB_OFFLINE"], sys.argv = "1", [path, *argv]
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{out}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    torch.set_num_threads(1)
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except KeyboardInterrupt:                                  # python ends by the signal then, a child of multiprocessing in 1
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+class Forked:
+    """subprocess.Popen's face for a script, forked where torch is imported already: most of a short run is that import."""
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "test_model"])
+
+    def __init__(self, name, flags, cwd):
+        self.folder = tempfile.TemporaryDirectory()
+        self.words = os.path.join(self.folder.name, "words")
+        self.process = self.server.Process(target=script, args=(os.path.join(HERE, name), flags, str(cwd), self.words))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, sig):
+        os.kill(self.pid, sig)
+
+    def communicate(self, timeout=None):
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.words, timeout)
+        return [open(f"{self.words}.{name}", encoding="utf-8").read() if os.path.exists(f"{self.words}.{name}") else "" for name in ("out", "err")]
+
+
 def start(script, *flags, cwd, launcher=()):
+    if not launcher:
+        return Forked(script, flags, cwd)
     env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     return subprocess.Popen([sys.executable, *launcher, os.path.join(HERE, script), *flags], cwd=cwd, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1057,22 +1102,9 @@ def fault_strange_data(work, rng, tries):
     return tries, lost
 
 
-def script(path, argv, cwd, out):
-    """What a child of the fork server does: run a script, its words into files."""
-    os.chdir(cwd)
-    sys.argv = [path, *argv]
-    for fd, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{out}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    torch.set_num_threads(1)
-    runpy.run_path(path, run_name="__main__")
-
-
 def fault_wrong_flags(work, rng, tries):
     """Every flag of every script with a wrong type, a negative, a zero, a huge number and a misspelling: a result, or one line and
     exit code 2 that name the flag (a wrong name or place of a file may end in 1). A twentieth of them where tries is small."""
-    fork = get_context("forkserver")
-    fork.set_forkserver_preload(["torch", "numpy", "test_model"])
     base = {"train.py": [*TINY, "--max_iters=1", "--eval_rows=2"], "sample.py": ["--out_dir=whole", "--start=one", "--max_new_tokens=2", "--device=cpu"],
             "prepare_data.py": ["--dataset=recall", "--rows=50", "--data_dir=flags", "--force"], "bench.py": ["speed", "--lengths=8", "--only=copy"]}
     files = ("--out_dir", "--data_dir", "--dataset", "--source", "--start", "--input", "--output", "--ckpt", "--csv", "--json", "--md", "--png", "--show")
@@ -1085,13 +1117,13 @@ def fault_wrong_flags(work, rng, tries):
     def one(i, job):
         name, flags, flag, word = job
         out = os.path.join(work, f"flag {i:04d}")
-        p = fork.Process(target=script, args=(os.path.join(HERE, name), [*flags, word, *([f"--out_dir=flag {i:04d} out"] if name == "train.py" and flag != "--out_dir" else [])], work, out))
-        p.start()
-        p.join(8)
-        if p.exitcode is None:                                 # a run that goes on: it is to stop when told to
-            os.kill(p.pid, signal.SIGTERM)
-            p.join(30)
-        said, code = open(f"{out}.err").read().strip(), p.exitcode
+        p = start(name, *flags, word, *([f"--out_dir=flag {i:04d} out"] if name == "train.py" and flag != "--out_dir" else []), cwd=work)
+        try:
+            said = p.communicate(timeout=8)[1].strip()
+        except subprocess.TimeoutExpired:                      # a run that goes on: it is to stop when told to
+            p.send_signal(signal.SIGTERM)
+            said = p.communicate(timeout=30)[1].strip()
+        code = p.returncode
         one_line = len(said.splitlines()) == 1 and (flag in said or flag in files)
         fine = code in (0, 143) and "Traceback" not in said or code == 2 and one_line or code == 1 and one_line and flag in files
         if word.startswith(f"{flag}="):
@@ -1614,7 +1646,6 @@ def test_readme_commands_parse_and_the_snippet_runs():
 
 
 if __name__ == "__main__":                                     # python test_model.py 20 [flags text]: every fault (whose name holds a word) so many times, as a table
-    import tempfile
     with tempfile.TemporaryDirectory() as d:
         prepare_data.prepare("numbers", os.path.join(d, "data"), rows=400)
         run("train.py", *TINY, "--mixer=haar", "--out_dir=whole", cwd=d)
