@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import model
 from model import ModelConfig, Wavspa, build_mixer
-from prepare_data import Parser, prepare, replacing, writable
+from prepare_data import Parser, comma_separated, prepare, replacing, writable
 from sample import keep_freed_pages, learned, load_model
 
 HERE = Path(__file__).resolve().parent
@@ -195,13 +195,6 @@ def build(kind, causal, flags, card, T):
     torch.manual_seed(0)
     cfg = ModelConfig(n_embd=card["n_embd"], n_head=card["n_head"], block_size=max(T, 256), **{"mixer": kind if kind in model.MIXERS else "haar", **flags})
     return KINDS[kind](cfg, causal).to(card["device"], getattr(torch, card["dtype"])).eval()
-
-
-def lengths(text):
-    """--lengths=512,1024 -> [512, 1024]"""
-    if not re.fullmatch(r"[1-9]\d{0,7}(,[1-9]\d{0,7})*", text):
-        raise argparse.ArgumentTypeError(f"{text} must be numbers of tokens, joined by commas")
-    return [int(t) for t in text.split(",")]
 
 
 def earlier(path):
@@ -512,7 +505,7 @@ def git_state():
 # -----------------------------------------------------------------------------
 # quality
 
-TEXT = "--dataset=text --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40 --eval_interval=200 --metric_rows=400".split()
+TEXT = "--dataset=text --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40 --eval_interval=200 --metric_rows=400 --eval_block_size=256,512".split()
 PAIR = "--dataset=multi30k --n_layer=3 --dropout=0.1 --label_smoothing=0.1 --batch_size=128 --max_iters=2500 --eval_interval=500 --beam=4".split()
 MIX = {m: [f"--mixer={m}"] for m in ("wersa", "haar", "attention", "wavspa")}
 SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's width makes its parameters match the first's
@@ -590,7 +583,7 @@ WERSA = {
        for f, l, n in (("relu", 0, 64), ("relu", 2, 60), ("exp", 0, 64), ("exp", 2, 60))},
 }
 MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=60"] for l in (1, 4, 6)},
-        **{f"wersa, L=2, m={m}": ["--mixer=wersa", f"--n_features={m}", "--n_embd=60"] for m in (16, 256)},
+        **{f"wersa, L=2, m={m}": ["--mixer=wersa", f"--n_features={m}", "--n_embd=60"] for m in (16, 256, 1024)},
         "wersa, L=2, gains not adaptive": ["--mixer=wersa", "--wersa_adaptive=False"],
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
@@ -611,7 +604,7 @@ for name, flags in (("listops", []), ("pathfinder", []), ("imdb", ["--block_size
     SUITES[f"{name}_long"] = dict(seeds=(1, 2, 3), rates=(1e-3, 3e-4), base=[f"--dataset={name}", *flags, *LONG], arms=ENCODERS, data="long")
 SUITES["multi30k_long"] = dict(seeds=(1, 2, 3), rates=(2e-3, 1e-3), base=[*PAIR, "--n_layer=4", "--max_iters=12000", "--eval_interval=1000", "--warmup_iters=1000", "--dropout=0.2", "--beam=5"], prepare={
     "multi30k": dict(vocab_size=10_000)}, data="long", arms={arm: SUITES["multi30k"]["arms"][arm] for arm in ("attention", "wersa", "haar, undecimated encoder, gated")})
-SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1"])   # alone on the machine
+SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1", "--eval_block_size=0"])   # alone on the machine
 SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, data="short", arms={
     **{f"numbers: {arm}": flags for arm, flags in list(SUITES["lmwt"]["arms"].items())[:3]},
     **{f"listops: {arm}": ["--dataset=listops", "--batch_size=32", *flags] for arm, flags in WAVSPA.items()},
@@ -661,7 +654,7 @@ def quality(args):
         trained, *_ = load_model(out / "best.pt")
         row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate, git=git, torch=torch.__version__, threads=threads,
                    machine=machine_name(), flags=" ".join(flags[:-1]), trivial=json.dumps(result["trivial"]), groups=json.dumps(result["test"].get("groups", {})),
-                   moved=json.dumps({name: [round(row[0], 4) for row in rows] for name, rows in learned(trained).items()}), far=json.dumps(result.get("far", {})), **{f"data_{k}": v for k, v in result["data"].items()})
+                   moved=json.dumps({name: [round(row[0], 4) for row in rows] for name, rows in learned(trained).items()}), far=json.dumps(result["far"]), **{f"data_{k}": v for k, v in result["data"].items()})
         with writing:                                          # the file is rewritten as a whole, so that a kill leaves the old one or the new one
             rows = [*read_rows(path), row]
             path.parent.mkdir(exist_ok=True)
@@ -715,7 +708,7 @@ def table(path):
     arms are data sets: each with its size and its trivial scores."""
     arms = arms_of(path)
     first, listed = next(iter(arms.values()))[0], lambda scores: ", ".join(f"{name} {v:.3f}" for name, v in scores.items())
-    far = lambda r: json.loads(r.get("far") or "{}")
+    far = lambda r: json.loads(r.get("far") or "[]")
     if len({(r["n"], r["metric"]) for rs in arms.values() for r in rs}) > 1:               # several test sets
         lines = ["| arm | rows | tokens | prepared in | test score | trivial | steps |", "|---|---|---|---|---|---|---|"]
         for arm, rs in arms.items():
@@ -725,8 +718,8 @@ def table(path):
     beyond, rows = far(first), read_rows(path)
     at = lambda rate, arm: [r for r in rows if (r["learning_rate"], r["arm"]) == (rate, arm)]
     columns = {"arm": lambda rs: rs[0]["arm"], "parameters": lambda rs: f"{int(rs[0]['params']):,}", f"{first['metric']}, test": lambda rs: said(score(rs))}
-    if beyond:
-        columns[f"at up to {beyond['block_size']} tokens"] = lambda rs: said([far(r)["metric"] for r in rs])
+    for i, f in enumerate(beyond):
+        columns[f"at up to {f['block_size']} tokens"] = lambda rs, i=i: said([far(r)[i]["metric"] for r in rs])
     columns |= {"test loss": lambda rs: said(score(rs, "test_loss")), "n": len}
     rates = sorted({r["learning_rate"] for r in rows}, key=float)
     if len(rates) > 1:                                         # what val chose, and the choice itself
@@ -737,7 +730,7 @@ def table(path):
     for rs in sorted(arms.values(), key=lambda rs: statistics.mean(score(rs)), reverse=first["metric"] not in LOWER):
         lines.append("| " + " | ".join(str(f(rs)) for f in columns.values()) + " |")
     if trivial(first):
-        lines.append(f"\nWhat knows nothing: {listed(trivial(first))}" + (f"; at up to {beyond['block_size']} tokens: {listed(beyond['trivial'])}" if beyond else "") + ".")
+        lines.append(f"\nWhat knows nothing: {listed(trivial(first))}" + "".join(f"; at up to {f['block_size']} tokens: {listed(f['trivial'])}" for f in beyond) + ".")
     return "\n".join(lines)
 
 
@@ -800,6 +793,17 @@ def state_against(ax, arms, times):
     ax[1].set(xlabel=f"bytes of decoding state per token of context, at {cfg.block_size}", xscale="log")
 
 
+def by_length(ax, arms):
+    """The test score against the length of the windows in which the test set is read, the first one as trained."""
+    for arm, rs in arms.items():
+        far = [json.loads(r.get("far") or "[]") for r in rs]
+        x = [config_of(rs[0]["flags"], arch="decoder").block_size] + [f["block_size"] for f in far[0]]
+        y, e = zip(*(mean_std(v) for v in [score(rs), *([f[i]["metric"] for f in far] for i in range(len(x) - 1))]))
+        ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3, label=arm)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(x, x), ax.set(xlabel=f"tokens of a window (trained at {x[0]})", ylabel=rs[0]["metric"])
+
+
 def figures(folder):
     import matplotlib
     matplotlib.use("Agg")
@@ -819,11 +823,11 @@ def figures(folder):
     draw("wavspa", {"wavspa_listops"}, 1, lambda ax: bars(ax, have["wavspa_listops"], "short ListOps: wavelet space, and controls"), (8, 5))
     draw("wersa", {"wersa_listops"}, 2, lambda ax: (curve(ax[0], have["wersa_listops"], r"wersa, L=(\d+)", "levels, short ListOps"),
                                                   curve(ax[1], have["wersa_listops"], r"wersa, L=2, m=(\d+)", "features per head, short ListOps", (60, "wersa, L=2"))))
-    groups, beyond = lambda r: json.loads(r["groups"]), lambda r: json.loads(r["far"]).get("groups", {})
+    groups, beyond = lambda r: json.loads(r["groups"]), lambda r: json.loads(r["far"])[0]["groups"]
     draw("recall", {"wersa_recall"}, 1, lambda ax: by_group(ax, have["wersa_recall"], "pairs in the row (trained on 1 to 4)", lambda r: groups(r) | beyond(r)), (8, 4.5))
     draw("lego", {"wavspa_lego"}, 2, lambda ax: (by_group(ax[0], have["wavspa_lego"], "link, rows of 6 (trained on links 1 to 3)", groups),
                                                  by_group(ax[1], have["wavspa_lego"], "link, rows of 12", beyond)))
-    draw("decoders", {"decoders", "decoders_time"}, 2, lambda ax: state_against(ax, have["decoders"], have["decoders_time"]))
+    draw("decoders", {"decoders", "decoders_time"}, 3, lambda ax: (state_against(ax, have["decoders"], have["decoders_time"]), by_length(ax[2], have["decoders"])), (15, 4))
     draw("taps", {"lmwt", "wavspa_listops"}, 2, lambda ax: (moved(ax[0], have["lmwt"]["haar, aligned cross"], "haar on numbers"),
                                                             moved(ax[1], have["wavspa_listops"]["attention in ada"], "ada on ListOps: all levels share their taps")))
 
@@ -859,7 +863,7 @@ if __name__ == "__main__":
     p.add("--only", help="one arm, or all whose name holds this (speed, quality)")
     p.add("--jobs", type=int, default=1, low=1, high=1024, help="trainings at a time, sharing the cores")
     p.section("speed")
-    p.add("--lengths", type=lengths, help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU; steps: one length, for 2 rows of a small model")
+    p.add("--lengths", type=comma_separated, help="tokens, joined by commas; default: up to 32,768 on a CPU, 131,072 on a GPU; steps: one length, for 2 rows of a small model")
     p.add("--n_embd", type=int, default=128, low=1, high=2**16)
     p.add("--n_head", type=int, default=4, low=1, high=2**16)
     p.add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")

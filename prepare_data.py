@@ -193,6 +193,12 @@ def writable(path):
         raise argparse.ArgumentTypeError(f"{path} cannot be written")
     return path
 
+def comma_separated(text):
+    """The type of a flag that takes lengths: 512,1024 -> [512, 1024]"""
+    if not re.fullmatch(r"[1-9]\d{0,7}(,[1-9]\d{0,7})*", text):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers of tokens, joined by commas")
+    return [int(t) for t in text.split(",")]
+
 def write_ragged(out, stem, ids, lengths):
     """Rows of any length in one line, and where each begins."""
     ids.tofile(out / f"{stem}.bin")

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, load_meta, prepare, read_ragged, replacing, stopped
+from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, prepare, read_ragged, replacing, stopped
 from sample import FORMAT, KINDS, build, collate, keep_freed_pages, load_checkpoint, there, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
@@ -73,7 +73,7 @@ p.section("evaluation, log, machine")
 p.add("--eval_interval", type=int, default=200, low=1, high=2**40, help="steps between evaluations, each followed by a checkpoint")
 p.add("--eval_rows", type=int, default=1000, low=1, high=2**40, help="validation rows whose loss is taken")
 p.add("--metric_rows", type=int, default=200, low=1, high=2**40, help="validation rows that are decoded for exact match or BLEU")
-p.add("--eval_block_size", type=int, low=0, high=2**24, help="test at this length too, on the split long where there is one; default: the longest of that split; 0 = do not")
+p.add("--eval_block_size", type=lambda s: s if s == "0" or comma_separated(s) else "", help="test at this length too, or at several, joined by commas, on the split long where there is one; default: the longest of that split; 0 = do not")
 p.add("--beam", type=int, default=1, low=1, high=1000, help="beams of the last test; 1 = greedy")
 p.add("--log_interval", type=int, default=10, low=1, high=2**40)
 p.add("--seed", type=int, default=1337, low=0, high=2**63 - 1)
@@ -248,7 +248,7 @@ class Stream:
         self.tokens, self.T = read_ragged(folder, split, meta["dtype"], cfg.vocab_size)[0], T
         self.starts = np.arange(0, len(self.tokens) - 1, T)
         if len(self.tokens) <= T:
-            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --block_size={T}: lower it, or bring more text")
+            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --{'' if T == T_max else 'eval_'}block_size={T}: lower it, or bring more text")
 
     def __len__(self):
         return len(self.starts)
@@ -267,9 +267,9 @@ class Stream:
 Data = Rows if ragged else Stream
 splits = {s: Data(s) for s in ("train", "val", "test")}
 far = "long" if "long" in meta["splits"] else "test"           # what is measured at --eval_block_size
-T_far = cfg.eval_block_size
-if T_far is None:
-    T_far = int(np.max(meta["splits"]["long"]["longest"])) + 1 if far == "long" else 0
+longest = str(int(np.max(meta["splits"]["long"]["longest"])) + 1) if far == "long" else "0"
+Ts_far = [] if (cfg.eval_block_size or longest) == "0" else comma_separated(cfg.eval_block_size or longest)
+beyond = {T: Data(far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}       # what is missing there is told now
 train = splits["train"]
 average = step_rows * (train.weight() / len(train) if ragged else T_max)     # targets in a step
 
@@ -610,14 +610,14 @@ if found.get("auc"):
 by_group = lambda found: f"by {meta['groups']}: " + ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items())
 if "groups" in found:
     say(f"test accuracy {by_group(found)}")
-if T_far > T_max and cfg.pos == "learned":
-    say(f"{far} at {T_far} tokens: left out, --pos=learned knows no position beyond --block_size={T_max}")
-elif T_far:
-    data = Data(far, T_far)
-    found, far_score = measure(far, data, T_far)
-    result["far"] = dict(found, split=far, block_size=T_far, metric=far_score, n=len(data),
-                         trivial=meta["splits"][far]["trivial"])
-    say(f"{far} at up to {T_far} tokens (trained at {T_max}) | loss {found['loss']:.4f} | {METRIC} {result['far']['metric']:.4f} (n={len(data)})"
+for T in Ts_far:
+    if T not in beyond:
+        say(f"{far} at {T} tokens: left out, --pos=learned knows no position beyond --block_size={T_max}")
+result["far"] = []
+for T, data in beyond.items():
+    found, far_score = measure(far, data, T)
+    result["far"].append(dict(found, split=far, block_size=T, metric=far_score, n=len(data), trivial=meta["splits"][far]["trivial"]))
+    say(f"{far} at up to {T} tokens (trained at {T_max}) | loss {found['loss']:.4f} | {METRIC} {far_score:.4f} (n={len(data)})"
         + (f" | {by_group(found)}" if "groups" in found else ""))
 write(os.path.join(out, "result.json"), lambda f: json.dump(result, f, indent=1))
 if world > 1:
