@@ -52,7 +52,7 @@ VARIANTS = {
     "attention": dict(mixer="attention"),
     "haar atrous": dict(mixer="haar"),
     "haar atrous, concat": dict(mixer="haar", haar_aggregate="concat"),
-    "haar atrous, gated": dict(mixer="haar", haar_gate=True),
+    "haar atrous, gated": dict(mixer="haar", gate=True),
     "haar atrous, fixed taps": dict(mixer="haar", haar_learnable=False),
     "haar partial": dict(mixer="haar", haar_causal="partial"),
     "haar partial, tiled": dict(mixer="haar", haar_causal="partial", haar_tile=True),
@@ -147,7 +147,7 @@ SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest 
     "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 4096),
     "haar": ("haar", False, "flash SDPA", {}, 32768),
     "haar undecimated, L=8": ("haar", False, "flash SDPA", dict(haar_encoder="atrous", levels=8), 32768),
-    "haar undecimated, gated, L=8": ("haar", False, "flash SDPA", dict(haar_encoder="atrous", levels=8, haar_gate=True), 32768),
+    "haar undecimated, gated, L=8": ("haar", False, "flash SDPA", dict(haar_encoder="atrous", levels=8, gate=True), 32768),
     "wavspa, 1 level": ("wavspa", False, "flash SDPA", dict(levels=1), 8192),
     "wersa": ("wersa", False, "flash SDPA", {}, 32768),
     "wersa m=1024": ("wersa", False, "flash SDPA", dict(n_features=1024), 32768),
@@ -194,7 +194,7 @@ def fast_forward(state, t):
 def build(kind, causal, flags, card, T):
     torch.manual_seed(0)
     cfg = ModelConfig(n_embd=card["n_embd"], n_head=card["n_head"], block_size=max(T, 256), **{"mixer": kind if kind in model.MIXERS else "haar", **flags})
-    return KINDS[kind](cfg, causal).to(card["device"], getattr(torch, card["dtype"])).eval()
+    return (build_mixer if kind in model.MIXERS else KINDS[kind])(cfg, causal).to(card["device"], getattr(torch, card["dtype"])).eval()
 
 
 def earlier(path):
@@ -516,14 +516,15 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=136"],
         "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"],
         "haar, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=136"],
-        "haar, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate"],
-        "haar, undecimated encoder, gated, by place alone": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", "--aligned_content=False", "--n_embd=136"],
-        **{f"haar, undecimated encoder, gated, {c} cross": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
+        "attention, gated": ["--mixer=attention", "--gate"],
+        "haar, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--gate"],
+        "haar, undecimated encoder, gated, by place alone": ["--mixer=haar", "--haar_encoder=atrous", "--gate", "--aligned_content=False", "--n_embd=136"],
+        **{f"haar, undecimated encoder, gated, {c} cross": ["--mixer=haar", "--haar_encoder=atrous", "--gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
         "haar, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=136"]}),
     "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
-        "haar atrous, gated": ["--mixer=haar", "--haar_gate", "--n_embd=136"],
+        "haar atrous, gated": ["--mixer=haar", "--gate", "--n_embd=136"],
         "haar partial": ["--mixer=haar", "--haar_causal=partial", "--n_embd=148"],
         "wavspa sorted": ["--mixer=wavspa", "--levels=3"],
         "wersa": ["--mixer=wersa"],
@@ -556,8 +557,8 @@ SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_siz
     "haar, aligned cross, fixed taps": ["--mixer=haar", "--haar_learnable=False", "--n_embd=68"],
     "haar, aligned cross, 3 levels": ["--mixer=haar", "--levels=3", "--n_embd=68"],
     "haar, aligned cross, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=68"],
-    "haar, aligned cross, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate"],
-    "haar, aligned cross, undecimated encoder, gated, by place alone": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", "--aligned_content=False", "--n_embd=68"],
+    "haar, aligned cross, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--gate"],
+    "haar, aligned cross, undecimated encoder, gated, by place alone": ["--mixer=haar", "--haar_encoder=atrous", "--gate", "--aligned_content=False", "--n_embd=68"],
     **{f"haar, {c} cross, undecimated encoder": ["--mixer=haar", f"--cross={c}", "--haar_encoder=atrous", "--n_embd=72"] for c in ("attention", "wersa")},
     "haar, aligned cross, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=68"],
     "haar, aligned cross, concat": ["--mixer=haar", "--haar_aggregate=concat", "--n_embd=52"],
@@ -588,14 +589,14 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
 for name, base, arms, rates in (("wersa_listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("wersa_recall", RECALL, RELU, (5e-4,)),
-                                ("imdb", IMDB, RELU | {"haar, undecimated, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate"]} | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
+                                ("imdb", IMDB, RELU | {"haar, undecimated, gated": ["--mixer=haar", "--haar_encoder=atrous", "--gate"]} | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
     SUITES[name] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT, data="short")
 # the papers' sizes, for a GPU: minutes a run there, hours on a CPU
 LONG = "--n_layer=4 --dropout=0.1 --batch_size=32 --warmup_iters=500 --max_iters=10000 --eval_interval=1000".split()
 ENCODERS = {
     "attention": ["--mixer=attention"], "fourier": ["--mixer=fourier", "--n_embd=156"],
     **{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}"] for l in (0, 2)}, "wersa, L=2, m=1024": ["--mixer=wersa", "--n_features=1024"],
-    "haar": ["--mixer=haar", "--n_embd=144"], "haar, undecimated, gated": ["--mixer=haar", "--haar_encoder=atrous", "--haar_gate", "--n_embd=136"],
+    "haar": ["--mixer=haar", "--n_embd=144"], "haar, undecimated, gated": ["--mixer=haar", "--haar_encoder=atrous", "--gate", "--n_embd=136"],
     **{f"attention in {p}": ["--mixer=wavspa", f"--wavelet_params={p}", "--levels=2"] for p in ("fixed", "ada", "ortho", "lift")},
     "wersa in ada": ["--mixer=wavspa", "--wavelet_params=ada", "--levels=2", "--inner=wersa"],
     "control: convolution, then attention": ["--mixer=wavspa", "--wavelet_params=conv"],
@@ -603,7 +604,7 @@ ENCODERS = {
 for name, flags in (("listops", []), ("pathfinder", []), ("imdb", ["--block_size=4096"])):
     SUITES[f"{name}_long"] = dict(seeds=(1, 2, 3), rates=(1e-3, 3e-4), base=[f"--dataset={name}", *flags, *LONG], arms=ENCODERS, data="long")
 SUITES["multi30k_long"] = dict(seeds=(1, 2, 3), rates=(2e-3, 1e-3), base=[*PAIR, "--n_layer=4", "--max_iters=12000", "--eval_interval=1000", "--warmup_iters=1000", "--dropout=0.2", "--beam=5"], prepare={
-    "multi30k": dict(vocab_size=10_000)}, data="long", arms={arm: SUITES["multi30k"]["arms"][arm] for arm in ("attention", "wersa", "haar, undecimated encoder, gated")})
+    "multi30k": dict(vocab_size=10_000)}, data="long", arms={arm: SUITES["multi30k"]["arms"][arm] for arm in ("attention", "attention, gated", "wersa", "haar, undecimated encoder, gated")})
 SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1", "--eval_block_size=0"])   # alone on the machine
 SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, data="short", arms={
     **{f"numbers: {arm}": flags for arm, flags in list(SUITES["lmwt"]["arms"].items())[:3]},
@@ -768,7 +769,7 @@ def moved(ax, rs, title):
     """How far the taps of each layer went from where they began, by level."""
     found = [json.loads(r["moved"]) for r in rs]
     for layer in found[0]:
-        ax.plot(range(1, len(found[0][layer]) + 1), np.mean([f[layer] for f in found], 0), marker="o", label=layer.removesuffix(".mixer"))
+        ax.plot(range(1, len(found[0][layer]) + 1), np.mean([f[layer] for f in found], 0), marker="o", label=layer.partition(".mixer")[0])
     ax.set(xlabel="level", ylabel="RMS distance", title=title, ylim=(0, None)), ax.legend(fontsize=7)
 
 

@@ -51,6 +51,7 @@ class ModelConfig:
     dropout: float = 0.0
     bias: bool = False
     pos: str = "rope"               # rope (in attention and wersa) | learned (added to the tokens) | none
+    gate: bool = False              # True = what any mixer mixed times silu(W x) of the token itself, before the projection
     pool: str = "mean"              # encoder output: mean | cls | token (one label per token)
     label_smoothing: float = 0.0    # while training only
     levels: int = 0                 # haar, wavspa, aligned; 0 = ceil(log2(block_size)), the whole block
@@ -58,7 +59,6 @@ class ModelConfig:
     haar_learnable: bool = True     # False freezes the taps at Haar's
     haar_tile: bool = False         # True = the paper's plain tiling, which has rank T/2
     haar_encoder: str = "block"     # block (the paper's, decimated) | atrous (undecimated, centred)
-    haar_gate: bool = False         # True = y * silu(W x) before the projection: the mixer is no longer linear in x
     haar_causal: str = "atrous"     # atrous | partial | literal (leaks; kept for the record)
     wavelet: str = "db2"            # haar | db2 ... db20 | lazy (even and odd samples) | random (4 orthonormal taps): the last two are controls
     wavelet_params: str = "ortho"   # fixed | ada | ortho | lift | conv (a control: the taps as a depthwise convolution before the inner mixer)
@@ -450,7 +450,7 @@ class Attention(nn.Module):
         return self.out(sdpa(turn(q, W), turn(k, W), v, mask, self.causal, self.dropout if self.training else 0.0))
 
     def init_state(self, batch_size, device=None, dtype=None):
-        empty = torch.zeros(batch_size, self.n_head, 0, self.c_proj.in_features // self.n_head, device=device, dtype=dtype)
+        empty = torch.zeros(batch_size, self.n_head, 0, self.c_attn.in_features // self.n_head, device=device, dtype=dtype)
         return 0, empty, empty.clone()
 
     def step(self, x_t, state, pos=None):
@@ -517,7 +517,6 @@ class Haar(nn.Module):
     - levels cover the whole block by default, since all layers share one dyadic grid and fewer levels would never let
       information out of a 2^L block;
     - an encoder without that grid (--haar_encoder=atrous): undecimated, each level's two taps 2^l apart around t;
-    - a gate that every token makes for itself (--haar_gate): without it nothing that is mixed depends on what is there;
     - a decoder that does not leak. The paper's block transform lets position t see the rest of its block ("literal").
       atrous: a_l[t] = alpha * a_{l-1}[t - 2^(l-1)] + beta * a_{l-1}[t], undecimated, state 2^L - 1 vectors (and one spare
       a level). partial: the literal module run on (x_0 .. x_t, 0, ...), in parallel for all t, state L vectors."""
@@ -536,7 +535,6 @@ class Haar(nn.Module):
         # random signs across channels: equal weights would start at rank T/2, the very thing two halves repair
         self.weight = nn.Parameter(torch.randn(self.L + 1, halves, C) / math.sqrt(self.L + 1))
         n = C * (self.L + 1 if self.concat else 1)
-        self.gate = nn.Linear(C, n, bias=cfg.bias) if cfg.haar_gate else None
         self.c_proj = nn.Linear(n, C, bias=cfg.bias)
 
     def forward(self, x, mask=None):
@@ -546,11 +544,10 @@ class Haar(nn.Module):
             bands = self.atrous(x, delayed) if self.causal else self.atrous(x, centred, mask)
         else:
             bands = self.partial(x) if self.form == "partial" else self.block(x)
-        return self.out(bands, x)
+        return self.out(bands)
 
-    def out(self, bands, x):                                   # weighted already: sum or concatenate, gate, and project
-        y = torch.cat(bands, -1) if self.concat else sum(bands[1:], bands[0])
-        return self.c_proj(y if self.gate is None else y * F.silu(self.gate(x)))
+    def out(self, bands):                                      # weighted already: sum or concatenate, and project
+        return self.c_proj(torch.cat(bands, -1) if self.concat else sum(bands[1:], bands[0]))
 
     def rows(self, l):
         """The matrices of level l on a pair (x_2i, x_2i+1): low (1, 2, C), which gives a, and for either half of the block
@@ -608,7 +605,7 @@ class Haar(nn.Module):
         return 0, torch.zeros(batch_size, self.L, self.taps.size(-1), device=device, dtype=dtype)
 
     def step(self, x_t, state):
-        (t, past), x = state, x_t
+        t, past = state
         if self.form == "atrous":
             bands = self.atrous(x_t, Ring(past, t))
         else:                                                  # literal on a zero-padded prefix is partial, so they share the step
@@ -622,7 +619,7 @@ class Haar(nn.Module):
                     x_t, *b = mix(torch.cat((low, read[0]))[:, :1], x_t)
                 bands += b
             past = torch.stack(left, 1)
-        return self.out(bands, x), (t + 1, past)
+        return self.out(bands), (t + 1, past)
 
 
 # -----------------------------------------------------------------------------
@@ -1145,9 +1142,34 @@ MIXERS = {"attention": Attention, "haar": Haar, "wavspa": Wavspa, "wersa": Wersa
 CHOICES["mixer"] = MIXERS                                      # so that adding a mixer is one line
 
 
+class Gated(nn.Module):
+    """A mixer whose output every token weighs for itself: c_proj(mixed * silu(W x)), x (B,T,C) -> (B,T,C). haar is linear
+    in x without it, and treats every content alike. The last projection is the mixer's own where it has a c_proj."""
+
+    def __init__(self, mixer, cfg):
+        super().__init__()
+        own = getattr(mixer, "c_proj", None) or nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        mixer.c_proj = nn.Identity()
+        self.gate, self.c_proj, self.mixer = nn.Linear(cfg.n_embd, own.in_features, bias=cfg.bias), own, mixer
+
+    def out(self, y, x):
+        return self.c_proj(y * F.silu(self.gate(x)))
+
+    def forward(self, x, mask=None):
+        return self.out(self.mixer(x, mask), x)
+
+    def init_state(self, *args, **kw):
+        return self.mixer.init_state(*args, **kw)
+
+    def step(self, x_t, state):
+        y, state = self.mixer.step(x_t, state)
+        return self.out(y, x_t), state
+
+
 def build_mixer(cfg, causal=False):
     """The token mixer that cfg names, x (B,T,C) -> (B,T,C)."""
-    return MIXERS[cfg.mixer](cfg, causal)
+    mixer = MIXERS[cfg.mixer](cfg, causal)
+    return Gated(mixer, cfg) if cfg.gate else mixer
 
 
 # -----------------------------------------------------------------------------

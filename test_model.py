@@ -49,7 +49,8 @@ VARIANTS = [" ".join(v.split()) for v in """
     haar haar_causal=partial | haar haar_causal=partial haar_tile=1 | haar haar_causal=partial haar_aggregate=concat
     haar haar_causal=partial haar_aggregate=concat haar_tile=1 | haar haar_causal=partial haar_learnable=0 levels=2
     haar haar_encoder=atrous | haar haar_encoder=atrous haar_aggregate=concat levels=3
-    haar haar_gate=1 haar_encoder=atrous bias=1 | haar haar_gate=1 haar_causal=partial haar_aggregate=concat
+    haar gate=1 haar_encoder=atrous bias=1 | haar gate=1 haar_causal=partial haar_aggregate=concat
+    attention gate=1 bias=1 | wersa gate=1 | wavspa gate=1 levels=2
     attention | attention pos=none bias=1 | wavspa | wavspa wavelet=haar | wavspa wavelet=haar wavelet_params=lift wavspa_shared=0 levels=2
     wavspa wavelet_params=ada wavspa_shared=0 | wavspa wavelet_params=lift inner=wersa | wavspa wavelet=db4 wavelet_params=fixed levels=3
     wavspa wavelet=db20 wavspa_shared=0 inner=wersa levels=2 | wavspa wavspa_causal=atrous levels=2
@@ -222,6 +223,7 @@ def test_step(text):  # catches: outputs that are views of a buffer, state kept 
             sizes.add(sum(u.numel() for u in tree_leaves(state) if torch.is_tensor(u)) // 2)
         for T in (1, 2, 3, 17, 64, 65):
             close(m(x[:, :T]), torch.stack(ys[:T], 1))
+    m = getattr(m, "mixer", m)
     if isinstance(m, (M.Haar, M.Wersa)):
         ring = 2 ** m.L - 1 + m.L                              # one spare vector a level
         most = (ring if m.form == "atrous" else m.L) * 16 if isinstance(m, M.Haar) else m.R.size(1) * 2 * 9 + 16 + ring * 32
@@ -267,10 +269,10 @@ def test_every_parameter_learns(text, causal):  # catches: a weight never read, 
 # every mixer: a slow twin
 
 @each("form,agg", pairs(["block", "centred", "atrous", "partial"], ["sum", "concat"]))
-def test_haar_dense(form, agg):  # catches: halves or taps swapped, a weight at the wrong level, a reach of 2^l, a half that forgets the other, a gate made of what was mixed
+def test_haar_dense(form, agg):  # catches: halves or taps swapped, a weight at the wrong level, a reach of 2^l, a half that forgets the other
     for T, tile in product([1, 5, 16, 21, 40], BOTH):
         flag = {"block": "haar_encoder=block", "centred": "haar_encoder=atrous"}.get(form, f"haar_causal={form}")
-        m = mixer(f"haar {flag}", form in ("atrous", "partial"), haar_aggregate=agg, haar_tile=tile, haar_gate=T in (5, 21), n_embd=4, block_size=16).double()
+        m = mixer(f"haar {flag}", form in ("atrous", "partial"), haar_aggregate=agg, haar_tile=tile, n_embd=4, block_size=16).double()
         x = rand(2, T, 4, dtype=torch.float64)
         bands = [torch.zeros_like(x) for _ in range(m.L + 1)]
         for c, l in product(range(4), range(m.L + 1)):         # a, d: as rows of a T x T matrix, what they take from each x_t
@@ -282,8 +284,15 @@ def test_haar_dense(form, agg):  # catches: halves or taps swapped, a weight at 
             size, halves = 2 ** min(l + 1, m.L), m.weight.size(1)
             rows = torch.stack([m.weight[l, t // (size // 2) % halves, c] * d[t if every else t // size] for t in range(T)])
             bands[l][..., c] = x[..., c] @ (rows.tril() if form == "partial" else rows).T  # partial: each t has zeros for the future
-        y, gate = torch.cat(bands, -1) if agg == "concat" else sum(bands), m.gate(x) if m.gate else None
-        close(m(x), m.c_proj(y * gate / (1 + (-gate).exp()) if m.gate else y), 1e-12)
+        close(m(x), m.c_proj(torch.cat(bands, -1) if agg == "concat" else sum(bands)), 1e-12)
+
+@each("text", ["attention", "haar", "haar haar_encoder=atrous haar_aggregate=concat", "wersa bias=1", "wavspa", "fourier"])
+def test_gate(text):  # catches: a gate made of what was mixed, a gate after the projection, a mixer projected twice or not at all
+    m, plain, x = mixer(text, False, gate=True), mixer(text, False), rand(2, 9, 16)
+    plain.load_state_dict(m.mixer.state_dict() | ({f"c_proj.{k}": v for k, v in m.c_proj.state_dict().items()} if hasattr(plain, "c_proj") else {}))
+    mixed, gate = m.mixer(x), m.gate(x)
+    close(plain(x), m.c_proj(mixed) if hasattr(plain, "c_proj") else mixed)
+    close(m(x), m.c_proj(mixed * gate / (1 + (-gate).exp())))
 
 def test_haar_forms():  # catches: tiling that is not plain, a repair that does not repair, a partial form that is not the literal one's
     for tile, rank in ((True, 16), (False, 32)):
@@ -312,7 +321,7 @@ def test_wavspa_sorted_loop(T):  # catches: ties in the wrong order, a coefficie
                 want[:, t] += next((y[:, j] for j in reversed(range(len(mine))) if mine[j][1] == i and mine[j][0] <= t), 0)
         close(m(x), want)
 
-@each("text", [v for v in VARIANTS if v.startswith("wavspa") and "ada" not in v])
+@each("text", [v for v in VARIANTS if v.startswith("wavspa") and "ada" not in v and "gate" not in v])
 def test_wavspa_identity(text):  # catches: an inverse that is none, a row's own length ignored, undecimated bands that do not add up
     x, mask = rand(3, 37, 16), mask_of(37, 37, 20, 3)
     for causal in {False, "causal=atrous" in text}:
@@ -345,7 +354,7 @@ def phi(m, u):
     u = u @ R if m.map == "relu" else u / 8 ** 0.25 @ R - u.square().sum(-1, keepdim=True) / 2 / 8 ** 0.5
     return (u.relu() if m.map == "relu" else u.exp()) / m.R.size(1) ** 0.5
 
-@each("text", [v for v in VARIANTS if v.startswith("wersa")])
+@each("text", [v for v in VARIANTS if v.startswith("wersa") and "gate" not in v])
 def test_wersa_loop(text):  # catches: gains from the whole mean, means of the wrong span, two different R, a missing stabiliser
     m, x, filtered, want = mixer(text), rand(2, 33, 16), [], []
     m.c_attn.weight.data[:16] *= 10                            # long queries
