@@ -51,7 +51,7 @@ class ModelConfig:
     dropout: float = 0.0
     bias: bool = False
     pos: str = "rope"               # rope (in attention and wersa) | learned (added to the tokens) | none
-    gate: bool = False              # True = what any mixer mixed times silu(W x) of the token itself, before the projection
+    gate: bool = False              # True = mixed * silu(W x) before the last projection, for any mixer
     pool: str = "mean"              # encoder output: mean | cls | token (one label per token)
     label_smoothing: float = 0.0    # while training only
     levels: int = 0                 # haar, wavspa, aligned; 0 = ceil(log2(block_size)), the whole block
