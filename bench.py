@@ -673,7 +673,7 @@ def quality(args):
     first, *more = map(str, suite["seeds"])                    # the first seed tries all rates, the others go on at the one that is best on val
     with ThreadPoolExecutor(args.jobs) as pool:
         for seeds, rates in (([first], lambda arm: suite["rates"]), (more, lambda arm: {rs[0]["learning_rate"] for a, rs in arms_of(path).items() if a == arm})):
-            jobs = list(dict.fromkeys((arm, seed, rate_of(arm, rate)) for arm in arms for seed in seeds for rate in rates(arm)))
+            jobs = list(dict.fromkeys((arm, seed, rate_of(arm, rate)) for seed in seeds for arm in arms for rate in rates(arm)))
             todo = [job for job in jobs if job not in {(r["arm"], r["seed"], r["learning_rate"]) for r in read_rows(path)}]
             print(f"{args.suite}: {len(todo)} of {len(jobs)} runs to do, {args.jobs} at a time on {threads} thread(s) each", flush=True)
             list(pool.map(one, todo))
@@ -736,7 +736,7 @@ def table(path):
     for rs in sorted(arms.values(), key=lambda rs: statistics.mean(score(rs)), reverse=first["metric"] not in LOWER):
         lines.append("| " + " | ".join(str(f(rs)) for f in columns.values()) + " |")
     if trivial(first):
-        lines.append(f"\nWhat knows nothing: {listed(trivial(first))}" + "".join(f"; at up to {f['block_size']} tokens: {listed(f['trivial'])}" for f in beyond) + ".")
+        lines.append(f"\nWhat knows nothing: {listed(trivial(first))}" + "".join(f"; at up to {f['block_size']} tokens: {listed(f['trivial'])}" for f in beyond if f["trivial"] != trivial(first)) + ".")
     return "\n".join(lines)
 
 
@@ -745,8 +745,8 @@ def bars(ax, arms, title):
     order = sorted(arms, key=lambda arm: statistics.mean(score(arms[arm])))
     for i, arm in enumerate(order):
         mean, std = mean_std(score(arms[arm]))
-        ax.barh(i, mean, xerr=std or 0, color="tab:gray" if arm.startswith("control") else "tab:blue" if "attention" == arm else "tab:orange")
-    ax.set(yticks=range(len(order)), yticklabels=[f"{arm}  {statistics.mean(score(arms[arm])):.3g}" for arm in order], title=title, xlabel=next(iter(arms.values()))[0]["metric"])
+        ax.barh(i, mean, xerr=std or 0, color="tab:gray" if arm.startswith("control") else "tab:blue" if "attention" == arm.split(",")[0] else "tab:orange")
+    ax.set(yticks=range(len(order)), yticklabels=[f"{arm}  {statistics.mean(score(arms[arm])):#.3g}" for arm in order], title=title, xlabel=next(iter(arms.values()))[0]["metric"])
     for v in trivial(arms[order[0]][0]).values():
         ax.axvline(v, color="black", ls=":", lw=1)
 
@@ -787,25 +787,27 @@ def config_of(flags, **more):
 
 def state_against(ax, arms, times):
     """Bits per byte against the seconds of a training step, and against the bytes of state per token of context."""
-    for arm, rs in arms.items():
+    for i, (arm, rs) in enumerate(arms.items()):
         y, e = mean_std(score(rs))
         cfg = config_of(rs[0]["flags"], arch="decoder")
         size = state_bytes(fast_forward(model.WaveletTransformer(cfg).init_state(1)["mixers"], cfg.block_size)) / cfg.block_size
         for a, x in ((ax[0], float(times[arm][0]["seconds"]) / int(times[arm][0]["steps"]) if arm in times else None), (ax[1], size)):
             if x:
-                a.errorbar([x], [y], [e or 0], marker="o", capsize=3, label=arm)
-    ax[1].legend(fontsize=8)
+                a.errorbar([x], [y], [e or 0], marker="o", capsize=3, color=f"C{i}", label=arm)
+    ax[0].legend(*ax[1].get_legend_handles_labels(), fontsize=8, loc="center left")
     ax[0].set(xlabel="seconds of a training step, one core", ylabel="bits per byte, test", xlim=(0, None))
     ax[1].set(xlabel=f"bytes of decoding state per token of context, at {cfg.block_size}", xscale="log")
+    ticks = [t for t in (100, 200, 500, 1000, 2000, 5000, 10000) if ax[1].get_xlim()[0] < t < ax[1].get_xlim()[1]]
+    ax[1].set_xticks(ticks, ticks), ax[1].minorticks_off()
 
 
 def by_length(ax, arms):
     """The test score against the length of the windows in which the test set is read, the first one as trained."""
-    for arm, rs in arms.items():
+    for i, (arm, rs) in enumerate(arms.items()):
         far = [json.loads(r.get("far") or "[]") for r in rs]
         x = [config_of(rs[0]["flags"], arch="decoder").block_size] + [f["block_size"] for f in far[0]]
-        y, e = zip(*(mean_std(v) for v in [score(rs), *([f[i]["metric"] for f in far] for i in range(len(x) - 1))]))
-        ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3, label=arm)
+        y, e = zip(*(mean_std(v) for v in [score(rs), *([f[j]["metric"] for f in far] for j in range(len(x) - 1))]))
+        ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3, color=f"C{i}", label=arm)
     ax.set_xscale("log", base=2)
     ax.set_xticks(x, x), ax.set(xlabel=f"tokens of a window (trained at {x[0]})", ylabel=rs[0]["metric"])
 
@@ -823,8 +825,11 @@ def figures(folder):
             figure.savefig(folder / f"{name}.png", dpi=100, metadata=dict(Software=None))
             plt.close(figure)
     speed = json.load(open(HERE / "results" / "speed.json"))
-    draw("overview", {"multi30k"}, 2, lambda ax: (bars(ax[0], have["multi30k"], "Multi30k, English to German"),
-                                                  against_length(ax[1], speed, "median", 1e3, "ms, forward and backward", ("flash SDPA", "haar", "haar undecimated, L=8", "wersa"))))
+    draw("overview", {"multi30k", "decoders"}, 3, lambda ax: (
+        bars(ax[0], have["multi30k"], "Multi30k, English to German"),
+        by_length(ax[1], {arm: rs for arm, rs in have["decoders"].items() if arm in ("attention", "attention, gated", "haar atrous, gated", "wersa")}),
+        ax[1].set_title("Shakespeare, bytes"), ax[1].legend(fontsize=8),
+        against_length(ax[2], speed, "median", 1e3, "ms, forward and backward", ("flash SDPA", "haar", "haar undecimated, gated, L=8", "wersa")), ax[2].set_title("one mixer")), (15, 4))
     draw("lmwt", {"lmwt"}, 1, lambda ax: bars(ax, have["lmwt"], "numbers: mixers and crosses"), (8, 4))
     draw("wavspa", {"wavspa_listops"}, 1, lambda ax: bars(ax, have["wavspa_listops"], "short ListOps: wavelet space, and controls"), (8, 5))
     draw("wersa", {"wersa_listops"}, 2, lambda ax: (curve(ax[0], have["wersa_listops"], r"wersa, L=(\d+)", "levels, short ListOps"),
