@@ -50,6 +50,7 @@ HERE = Path(__file__).resolve().parent
 
 VARIANTS = {
     "attention": dict(mixer="attention"),
+    "attention, gated": dict(mixer="attention", gate=True),
     "haar atrous": dict(mixer="haar"),
     "haar atrous, concat": dict(mixer="haar", haar_aggregate="concat"),
     "haar atrous, gated": dict(mixer="haar", gate=True),
@@ -527,6 +528,7 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar atrous, gated": ["--mixer=haar", "--gate", "--n_embd=136"],
         "haar atrous, fixed taps": ["--mixer=haar", "--haar_learnable=False", "--n_embd=148"],
         "haar atrous, 3 levels": ["--mixer=haar", "--levels=3", "--n_embd=148"],
+        "haar atrous, gated, 3 levels": ["--mixer=haar", "--levels=3", "--gate", "--n_embd=136"],
         "attention, gated": ["--mixer=attention", "--gate", "--n_embd=124"],
         "haar partial": ["--mixer=haar", "--haar_causal=partial", "--n_embd=148"],
         "wavspa sorted": ["--mixer=wavspa", "--levels=3"],
