@@ -142,7 +142,7 @@ class Copy(nn.Module):
         return x.clone()
 
 
-KINDS = {**model.MIXERS, "softmax": Softmax, "stored": StoredWersa, "core": HaarCore, "copy": Copy}
+KINDS = {"softmax": Softmax, "stored": StoredWersa, "core": HaarCore, "copy": Copy}
 SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest T on a CPU)
     "flash SDPA": ("attention", False, "flash SDPA", {}, 32768),
     "softmax, matrix stored": ("softmax", False, "flash SDPA", {}, 4096),
@@ -195,7 +195,7 @@ def fast_forward(state, t):
 def build(kind, causal, flags, card, T):
     torch.manual_seed(0)
     cfg = ModelConfig(n_embd=card["n_embd"], n_head=card["n_head"], block_size=max(T, 256), **{"mixer": kind if kind in model.MIXERS else "haar", **flags})
-    return (build_mixer if kind in model.MIXERS else KINDS[kind])(cfg, causal).to(card["device"], getattr(torch, card["dtype"])).eval()
+    return KINDS.get(kind, build_mixer)(cfg, causal).to(card["device"], getattr(torch, card["dtype"])).eval()
 
 
 def earlier(path):
@@ -508,6 +508,7 @@ def git_state():
 
 TEXT = "--dataset=text --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40 --eval_interval=200 --metric_rows=400 --eval_block_size=256,512".split()
 PAIR = "--dataset=multi30k --n_layer=3 --dropout=0.1 --label_smoothing=0.1 --batch_size=128 --max_iters=2500 --eval_interval=500 --beam=4".split()
+ATROUS = ["--mixer=haar", "--haar_encoder=atrous"]
 MIX = {m: [f"--mixer={m}"] for m in ("wersa", "haar", "attention", "wavspa")}
 SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's width makes its parameters match the first's
     "numbers": dict(seeds=(1337,), rates=(2e-3,), base=[], arms={**MIX, "wavspa": ["--mixer=wavspa", "--levels=2"]}),
@@ -516,12 +517,12 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "attention": ["--mixer=attention"], "wersa": ["--mixer=wersa"], "haar": ["--mixer=haar", "--n_embd=136"],
         "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=136"],
         "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"],
-        "haar, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=136"],
+        "haar, undecimated encoder": [*ATROUS, "--n_embd=136"],
         "attention, gated": ["--mixer=attention", "--gate"],
-        "haar, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--gate"],
-        "haar, undecimated encoder, gated, by place alone": ["--mixer=haar", "--haar_encoder=atrous", "--gate", "--aligned_content=False", "--n_embd=136"],
-        **{f"haar, undecimated encoder, gated, {c} cross": ["--mixer=haar", "--haar_encoder=atrous", "--gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
-        "haar, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=136"]}),
+        "haar, undecimated encoder, gated": [*ATROUS, "--gate"],
+        "haar, undecimated encoder, gated, by place alone": [*ATROUS, "--gate", "--aligned_content=False", "--n_embd=136"],
+        **{f"haar, undecimated encoder, gated, {c} cross": [*ATROUS, "--gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
+        "haar, undecimated encoder, 3 levels": [*ATROUS, "--levels=3", "--n_embd=136"]}),
     "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
@@ -561,11 +562,11 @@ SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_siz
     "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=72"],
     "haar, aligned cross, fixed taps": ["--mixer=haar", "--haar_learnable=False", "--n_embd=68"],
     "haar, aligned cross, 3 levels": ["--mixer=haar", "--levels=3", "--n_embd=68"],
-    "haar, aligned cross, undecimated encoder": ["--mixer=haar", "--haar_encoder=atrous", "--n_embd=68"],
-    "haar, aligned cross, undecimated encoder, gated": ["--mixer=haar", "--haar_encoder=atrous", "--gate"],
-    "haar, aligned cross, undecimated encoder, gated, by place alone": ["--mixer=haar", "--haar_encoder=atrous", "--gate", "--aligned_content=False", "--n_embd=68"],
-    **{f"haar, {c} cross, undecimated encoder": ["--mixer=haar", f"--cross={c}", "--haar_encoder=atrous", "--n_embd=72"] for c in ("attention", "wersa")},
-    "haar, aligned cross, undecimated encoder, 3 levels": ["--mixer=haar", "--haar_encoder=atrous", "--levels=3", "--n_embd=68"],
+    "haar, aligned cross, undecimated encoder": [*ATROUS, "--n_embd=68"],
+    "haar, aligned cross, undecimated encoder, gated": [*ATROUS, "--gate"],
+    "haar, aligned cross, undecimated encoder, gated, by place alone": [*ATROUS, "--gate", "--aligned_content=False", "--n_embd=68"],
+    **{f"haar, {c} cross, undecimated encoder": [*ATROUS, f"--cross={c}", "--n_embd=72"] for c in ("attention", "wersa")},
+    "haar, aligned cross, undecimated encoder, 3 levels": [*ATROUS, "--levels=3", "--n_embd=68"],
     "haar, aligned cross, concat": ["--mixer=haar", "--haar_aggregate=concat", "--n_embd=52"],
     "haar, aligned cross, by place alone": ["--mixer=haar", "--aligned_content=False", "--n_embd=68"],
     "haar literal, aligned cross (leaks)": ["--mixer=haar", "--haar_causal=literal", "--leak", "--n_embd=68"],
@@ -594,14 +595,14 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
 for name, base, arms, rates in (("wersa_listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("wersa_recall", RECALL, RELU, (5e-4,)),
-                                ("imdb", IMDB, RELU | {"haar, undecimated, gated": ["--mixer=haar", "--haar_encoder=atrous", "--gate"]} | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
+                                ("imdb", IMDB, RELU | {"haar, undecimated, gated": [*ATROUS, "--gate"]} | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
     SUITES[name] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT, data="short")
 # the papers' sizes, for a GPU: minutes a run there, hours on a CPU
 LONG = "--n_layer=4 --dropout=0.1 --batch_size=32 --warmup_iters=500 --max_iters=10000 --eval_interval=1000".split()
 ENCODERS = {
     "attention": ["--mixer=attention"], "fourier": ["--mixer=fourier", "--n_embd=156"],
     **{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}"] for l in (0, 2)}, "wersa, L=2, m=1024": ["--mixer=wersa", "--n_features=1024"],
-    "haar": ["--mixer=haar", "--n_embd=144"], "haar, undecimated, gated": ["--mixer=haar", "--haar_encoder=atrous", "--gate", "--n_embd=136"],
+    "haar": ["--mixer=haar", "--n_embd=144"], "haar, undecimated, gated": [*ATROUS, "--gate", "--n_embd=136"],
     **{f"attention in {p}": ["--mixer=wavspa", f"--wavelet_params={p}", "--levels=2"] for p in ("fixed", "ada", "ortho", "lift")},
     "wersa in ada": ["--mixer=wavspa", "--wavelet_params=ada", "--levels=2", "--inner=wersa"],
     "control: convolution, then attention": ["--mixer=wavspa", "--wavelet_params=conv"],
@@ -711,12 +712,16 @@ def trivial(r):
     return json.loads(r.get("trivial") or "{}")
 
 
+def far(r):
+    """What was measured at the lengths of --eval_block_size, a dict for each."""
+    return json.loads(r.get("far") or "[]")
+
+
 def table(path):
     """One suite's CSV -> a Markdown table, mean ± standard deviation over n seeds, best arm first, trivial scores last. Where the
     arms are data sets: each with its size and its trivial scores."""
     arms = arms_of(path)
     first, listed = next(iter(arms.values()))[0], lambda scores: ", ".join(f"{name} {v:.3f}" for name, v in scores.items())
-    far = lambda r: json.loads(r.get("far") or "[]")
     if len({(r["n"], r["metric"]) for rs in arms.values() for r in rs}) > 1:               # several test sets
         lines = ["| arm | rows | tokens | prepared in | test score | trivial | steps |", "|---|---|---|---|---|---|---|"]
         for arm, rs in arms.items():
@@ -806,9 +811,9 @@ def state_against(ax, arms, times):
 def by_length(ax, arms):
     """The test score against the length of the windows in which the test set is read, the first one as trained."""
     for i, (arm, rs) in enumerate(arms.items()):
-        far = [json.loads(r.get("far") or "[]") for r in rs]
-        x = [config_of(rs[0]["flags"], arch="decoder").block_size] + [f["block_size"] for f in far[0]]
-        y, e = zip(*(mean_std(v) for v in [score(rs), *([f[j]["metric"] for f in far] for j in range(len(x) - 1))]))
+        lengths = list(zip(*map(far, rs)))                     # all seeds at one length, at the next
+        x = [config_of(rs[0]["flags"], arch="decoder").block_size] + [seeds[0]["block_size"] for seeds in lengths]
+        y, e = zip(*map(mean_std, [score(rs), *([f["metric"] for f in seeds] for seeds in lengths)]))
         ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3, color=f"C{i}", label=arm)
     ax.set_xscale("log", base=2)
     ax.set_xticks(x, x), ax.set(xlabel=f"tokens of a window (trained at {x[0]})", ylabel=rs[0]["metric"])
@@ -836,7 +841,7 @@ def figures(folder):
     draw("wavspa", {"wavspa_listops"}, 1, lambda ax: bars(ax, have["wavspa_listops"], "short ListOps: wavelet space, and controls"), (8, 5))
     draw("wersa", {"wersa_listops"}, 2, lambda ax: (curve(ax[0], have["wersa_listops"], r"wersa, L=(\d+)", "levels, short ListOps"),
                                                   curve(ax[1], have["wersa_listops"], r"wersa, L=2, m=(\d+)", "features per head, short ListOps", (60, "wersa, L=2"))))
-    groups, beyond = lambda r: json.loads(r["groups"]), lambda r: json.loads(r["far"])[0]["groups"]
+    groups, beyond = lambda r: json.loads(r["groups"]), lambda r: far(r)[0]["groups"]
     draw("recall", {"wersa_recall"}, 1, lambda ax: by_group(ax, have["wersa_recall"], "pairs in the row (trained on 1 to 4)", lambda r: groups(r) | beyond(r)), (8, 4.5))
     draw("lego", {"wavspa_lego"}, 2, lambda ax: (by_group(ax[0], have["wavspa_lego"], "link, rows of 6 (trained on links 1 to 3)", groups),
                                                  by_group(ax[1], have["wavspa_lego"], "link, rows of 12", beyond)))

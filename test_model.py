@@ -1128,7 +1128,7 @@ def fault_wrong_flags(work, rng, tries):
     def one(i, job):
         name, flags, flag, word = job
         out = os.path.join(work, f"flag {i:04d}")
-        p = start(name, *flags, word, *([f"--out_dir=flag {i:04d} out"] if name == "train.py" and flag != "--out_dir" else []), cwd=work)
+        p = start(name, *flags, word, *([f"--out_dir={out}"] if name == "train.py" and flag != "--out_dir" else []), cwd=work)
         try:
             said = p.communicate(timeout=8)[1].strip()
         except subprocess.TimeoutExpired:                      # a run that goes on: it is to stop when told to
@@ -1143,8 +1143,7 @@ def fault_wrong_flags(work, rng, tries):
             fine = code == 2 and one_line
         if not fine:
             print(name, word, code, said[-300:], file=sys.stderr)
-        for f in glob.glob(glob.escape(out) + "*"):
-            shutil.rmtree(f) if os.path.isdir(f) else os.remove(f)
+        shutil.rmtree(out, ignore_errors=True)
         return not fine
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return len(jobs), sum(pool.map(one, range(len(jobs)), jobs))

@@ -73,7 +73,7 @@ p.section("evaluation, log, machine")
 p.add("--eval_interval", type=int, default=200, low=1, high=2**40, help="steps between evaluations, each followed by a checkpoint")
 p.add("--eval_rows", type=int, default=1000, low=1, high=2**40, help="validation rows whose loss is taken")
 p.add("--metric_rows", type=int, default=200, low=1, high=2**40, help="validation rows that are decoded for exact match or BLEU")
-p.add("--eval_block_size", type=lambda s: s if s == "0" or comma_separated(s) else "", help="test at this length too, or at several, joined by commas, on the split long where there is one; default: the longest of that split; 0 = do not")
+p.add("--eval_block_size", type=lambda s: s if s == "0" else ",".join(map(str, comma_separated(s))), help="test at this length too, or at several, joined by commas, on the split long where there is one; default: the longest of that split; 0 = do not")
 p.add("--beam", type=int, default=1, low=1, high=1000, help="beams of the last test; 1 = greedy")
 p.add("--log_interval", type=int, default=10, low=1, high=2**40)
 p.add("--seed", type=int, default=1337, low=0, high=2**63 - 1)
@@ -267,8 +267,10 @@ class Stream:
 Data = Rows if ragged else Stream
 splits = {s: Data(s) for s in ("train", "val", "test")}
 far = "long" if "long" in meta["splits"] else "test"           # what is measured at --eval_block_size
-longest = str(int(np.max(meta["splits"]["long"]["longest"])) + 1) if far == "long" else "0"
-Ts_far = [] if (cfg.eval_block_size or longest) == "0" else comma_separated(cfg.eval_block_size or longest)
+if cfg.eval_block_size is None:
+    Ts_far = [int(np.max(meta["splits"]["long"]["longest"])) + 1] if far == "long" else []
+else:
+    Ts_far = [] if cfg.eval_block_size == "0" else comma_separated(cfg.eval_block_size)
 beyond = {T: Data(far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}       # what is missing there is told now
 train = splits["train"]
 average = step_rows * (train.weight() / len(train) if ragged else T_max)     # targets in a step
