@@ -713,6 +713,7 @@ def script(path, argv, cwd, out):
         os.dup2(os.open(f"{out}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # as in a terminal; a shell's background jobs ignore it
     try:
         runpy.run_path(path, run_name="__main__")
     except KeyboardInterrupt:                                  # python ends by the signal then, a child of multiprocessing in 1
