@@ -836,7 +836,7 @@ def figures(folder):
         bars(ax[0], have["multi30k"], "Multi30k, English to German"),
         by_length(ax[1], {arm: rs for arm, rs in have["decoders"].items() if arm in ("attention", "attention, gated", "haar atrous, gated", "wersa")}),
         ax[1].set_title("Shakespeare, bytes"), ax[1].legend(fontsize=8),
-        against_length(ax[2], speed, "median", 1e3, "ms, forward and backward", ("flash SDPA", "haar", "haar undecimated, L=8", "wersa")), ax[2].set_title("one mixer")), (15, 4))
+        against_length(ax[2], speed, "median", 1e3, "ms, forward and backward", ("flash SDPA", "haar", "haar undecimated, gated, L=8", "wersa")), ax[2].set_title("one mixer")), (15, 4))
     draw("lmwt", {"lmwt"}, 1, lambda ax: bars(ax, have["lmwt"], "numbers: mixers and crosses"), (8, 4))
     draw("wavspa", {"wavspa_listops"}, 1, lambda ax: bars(ax, have["wavspa_listops"], "short ListOps: wavelet space, and controls"), (8, 5))
     draw("wersa", {"wersa_listops"}, 2, lambda ax: (curve(ax[0], have["wersa_listops"], r"wersa, L=(\d+)", "levels, short ListOps"),
