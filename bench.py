@@ -519,6 +519,7 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"],
         "haar, undecimated encoder": [*ATROUS, "--n_embd=136"],
         "attention, gated": ["--mixer=attention", "--gate"],
+        "attention, aligned cross": ["--mixer=attention", "--cross=aligned"], "wersa, aligned cross": ["--mixer=wersa", "--cross=aligned", "--n_embd=124"],
         "haar, undecimated encoder, gated": [*ATROUS, "--gate"],
         "haar, undecimated encoder, gated, by place alone": [*ATROUS, "--gate", "--aligned_content=False", "--n_embd=136"],
         **{f"haar, undecimated encoder, gated, {c} cross": [*ATROUS, "--gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
