@@ -534,7 +534,7 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "attention, gated": ["--mixer=attention", "--gate", "--n_embd=124"],
         "haar partial": ["--mixer=haar", "--haar_causal=partial", "--n_embd=148"],
         "wavspa sorted": ["--mixer=wavspa", "--levels=3"],
-        "wersa": ["--mixer=wersa"],
+        "wersa": ["--mixer=wersa"], "wersa, gated": ["--mixer=wersa", "--gate", "--n_embd=124"],
         "wersa without wavelets": ["--mixer=wersa", "--wersa_levels=0"],
     }),
 }
