@@ -513,7 +513,7 @@ MIX = {m: [f"--mixer={m}"] for m in ("wersa", "haar", "attention", "wavspa")}
 SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's width makes its parameters match the first's
     "numbers": dict(seeds=(1337,), rates=(2e-3,), base=[], arms={**MIX, "wavspa": ["--mixer=wavspa", "--levels=2"]}),
     "positions": dict(seeds=(1337,), rates=(2e-3,), base=["--mixer=wersa"], arms={p: [f"--pos={p}"] for p in ("rope", "learned", "none")}),
-    "multi30k": dict(seeds=(1337, 1, 2), rates=(2e-3, 4e-3), base=PAIR, arms={
+    "multi30k": dict(seeds=(1337, 1, 2), rates=(2e-3, 4e-3, 1e-3), base=PAIR, arms={
         "attention": ["--mixer=attention"], "wersa": ["--mixer=wersa"], "haar": ["--mixer=haar", "--n_embd=136"],
         "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=136"],
         "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=136"], "wavspa": ["--mixer=wavspa"],
@@ -691,7 +691,8 @@ def arms_of(path):
     for arm, rates in arms.items():
         tried = [{r["seed"] for r in rs} for rs in rates.values()]
         common = set.intersection(*tried) or set.union(*tried)
-        best[arm] = min(rates.values(), key=lambda rs: statistics.mean(float(r.get("val_loss") or 0) for r in rs if r["seed"] in common))
+        val = lambda rs: [float(r["val_loss"]) for r in rs if r.get("val_loss")]           # early rows have none
+        best[arm] = min(rates.values(), key=lambda rs: statistics.mean(val(r for r in rs if r["seed"] in common) or val(rs) or [0.0]))
     return best
 
 
