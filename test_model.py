@@ -1598,7 +1598,7 @@ def test_the_tables_and_figures_come_from_the_csv(tmp_path):
 
 
 def test_a_suite_appends_rows_and_skips_them(tmp_path):
-    # catches: a finished run trained again, an interrupted one begun again, a row that lacks its flags, a rate chosen on the test set or by seeds that not all rates saw
+    # catches: a finished run trained again, an interrupted one begun again, a row that lacks its flags, a rate chosen on the test set, by seeds that not all rates saw or by a row without a loss
     for name in ("bench.py", "model.py", "prepare_data.py", "sample.py", "train.py"):
         shutil.copy(os.path.join(HERE, name), tmp_path)
     (tmp_path / "miniature.py").write_text("import sys, bench; s = bench.SUITES['smoke']; s['arms'] = dict(list(s['arms'].items())[1:2]); s.update(seeds=(1, 2), rates=(2e-3, 0.0))\n"
@@ -1617,8 +1617,10 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     assert [(r["seed"], r["learning_rate"]) for r in rows] == [("1", "0.002"), ("1", "0.0"), ("2", "0.002")]
     assert all(r["arm"] == "numbers: attention, aligned cross" and "--cross=aligned" in r["flags"] and float(r["val_loss"]) > 0 and r["machine"] for r in rows)
     import bench
-    (tmp_path / "x.csv").write_text("arm,seed,learning_rate,val_loss,test_metric\na,1,1,2.0,0.9\na,1,2,1.0,0.5\na,2,2,9.0,0.4\n")
-    assert [r["test_metric"] for r in bench.arms_of(tmp_path / "x.csv")["a"]] == ["0.5", "0.4"]
+    (tmp_path / "x.csv").write_text("arm,seed,learning_rate,val_loss,test_metric\na,1,1,2.0,0.9\na,1,2,1.0,0.5\na,2,2,9.0,0.4\n"
+                                    "b,1,1,,0.9\nb,2,1,3.0,0.8\nb,1,2,2.0,0.5\n")   # b's first row is from before losses on val were kept
+    best = bench.arms_of(tmp_path / "x.csv")
+    assert [[r["test_metric"] for r in best[arm]] for arm in "ab"] == [["0.5", "0.4"], ["0.5"]]
 
 
 def test_arms_are_matched():
