@@ -802,7 +802,7 @@ def state_against(ax, arms, times):
         size = state_bytes(fast_forward(model.WaveletTransformer(cfg).init_state(1)["mixers"], cfg.block_size)) / cfg.block_size
         for a, x in ((ax[0], float(times[arm][0]["seconds"]) / int(times[arm][0]["steps"]) if arm in times else None), (ax[1], size)):
             if x:
-                a.errorbar([x], [y], [e or 0], marker="o", capsize=3, color=f"C{i}", label=arm)
+                a.errorbar([x], [y], [e or 0], marker="os"[i // 10], capsize=3, color=f"C{i}", label=arm)
     ax[0].legend(*ax[1].get_legend_handles_labels(), fontsize=8, loc="center left")
     ax[0].set(xlabel="seconds of a training step, one core", ylabel="bits per byte, test", xlim=(0, None))
     ax[1].set(xlabel=f"bytes of decoding state per token of context, at {cfg.block_size}", xscale="log")
@@ -816,7 +816,7 @@ def by_length(ax, arms):
         lengths = list(zip(*map(far, rs)))                     # all seeds at one length, at the next
         x = [config_of(rs[0]["flags"], arch="decoder").block_size] + [seeds[0]["block_size"] for seeds in lengths]
         y, e = zip(*map(mean_std, [score(rs), *([f["metric"] for f in seeds] for seeds in lengths)]))
-        ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3, color=f"C{i}", label=arm)
+        ax.errorbar(x, y, [v or 0 for v in e], marker="os"[i // 10], capsize=3, color=f"C{i}", label=arm)
     ax.set_xscale("log", base=2)
     ax.set_xticks(x, x), ax.set(xlabel=f"tokens of a window (trained at {x[0]})", ylabel=rs[0]["metric"])
 
