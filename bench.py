@@ -760,11 +760,16 @@ def bars(ax, arms, title):
         ax.axvline(v, color="black", ls=":", lw=1)
 
 
+def dots(ax, x, y, e, arm=None, i=0):
+    """Means y at x with their standard deviations, 0 where there is none; arm i of a figure has a look of its own."""
+    ax.errorbar(x, y, [v or 0 for v in e], marker="osD^"[i // 10 % 4], capsize=3, color=f"C{i}", label=arm)
+
+
 def curve(ax, arms, pattern, xlabel, default=None):
     """The score of the arms that pattern matches, against the number in their name."""
     points = [(int(m[1]), arm) for arm in arms if (m := re.fullmatch(pattern, arm))] + [default] * (default is not None)
     x, y, e = zip(*((x, *mean_std(score(arms[arm]))) for x, arm in sorted(points)))
-    ax.errorbar(x, y, [v or 0 for v in e], marker="o", capsize=3)
+    dots(ax, x, y, e)
     ax.axhline(statistics.mean(score(arms["attention"])), ls="--", color="tab:gray", label="attention")
     ax.set(xlabel=xlabel, ylabel=next(iter(arms.values()))[0]["metric"], ylim=(0, None), xticks=x, xticklabels=x), ax.legend(loc="lower left")
 
@@ -802,7 +807,7 @@ def state_against(ax, arms, times):
         size = state_bytes(fast_forward(model.WaveletTransformer(cfg).init_state(1)["mixers"], cfg.block_size)) / cfg.block_size
         for a, x in ((ax[0], float(times[arm][0]["seconds"]) / int(times[arm][0]["steps"]) if arm in times else None), (ax[1], size)):
             if x:
-                a.errorbar([x], [y], [e or 0], marker="os"[i // 10], capsize=3, color=f"C{i}", label=arm)
+                dots(a, [x], [y], [e], arm, i)
     ax[0].legend(*ax[1].get_legend_handles_labels(), fontsize=8, loc="center left")
     ax[0].set(xlabel="seconds of a training step, one core", ylabel="bits per byte, test", xlim=(0, None))
     ax[1].set(xlabel=f"bytes of decoding state per token of context, at {cfg.block_size}", xscale="log")
@@ -816,7 +821,7 @@ def by_length(ax, arms):
         lengths = list(zip(*map(far, rs)))                     # all seeds at one length, at the next
         x = [config_of(rs[0]["flags"], arch="decoder").block_size] + [seeds[0]["block_size"] for seeds in lengths]
         y, e = zip(*map(mean_std, [score(rs), *([f["metric"] for f in seeds] for seeds in lengths)]))
-        ax.errorbar(x, y, [v or 0 for v in e], marker="os"[i // 10], capsize=3, color=f"C{i}", label=arm)
+        dots(ax, x, y, e, arm, i)
     ax.set_xscale("log", base=2)
     ax.set_xticks(x, x), ax.set(xlabel=f"tokens of a window (trained at {x[0]})", ylabel=rs[0]["metric"])
 
