@@ -524,7 +524,7 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar, undecimated encoder, gated, by place alone": [*ATROUS, "--gate", "--aligned_content=False", "--n_embd=136"],
         **{f"haar, undecimated encoder, gated, {c} cross": [*ATROUS, "--gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
         "haar, undecimated encoder, 3 levels": [*ATROUS, "--levels=3", "--n_embd=136"]}),
-    "decoders": dict(seeds=(1, 2, 3), rates=(2e-3,), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
+    "decoders": dict(seeds=(1, 2, 3), rates=(2e-3, 4e-3), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
         "haar atrous, gated": ["--mixer=haar", "--gate", "--n_embd=136"],
@@ -614,7 +614,7 @@ SUITES["multi30k_long"] = dict(seeds=(1, 2, 3), rates=(2e-3, 1e-3, 4e-3), base=[
     "multi30k": dict(vocab_size=10_000)}, data="long", arms={arm: SUITES["multi30k"]["arms"][arm] for arm in ("attention", "attention, gated", "wersa", "haar, undecimated encoder, gated")})
 SUITES["decoders_longer"] = dict(SUITES["decoders"], base=[*TEXT, "--max_iters=2000", "--warmup_iters=100", "--eval_interval=500"], arms={
     arm: SUITES["decoders"]["arms"][arm] for arm in ("haar atrous, gated", "attention, gated", "attention")})
-SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1", "--eval_block_size=0"])   # alone on the machine
+SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), rates=(2e-3,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1", "--eval_block_size=0"])   # alone on the machine
 SUITES["smoke"] = dict(seeds=(1,), rates=(2e-3,), base=["--n_embd=32", "--n_head=2", "--warmup_iters=5", "--max_iters=20", "--eval_interval=20", "--eval_rows=50", "--metric_rows=20"], prepare=SHORT, data="short", arms={
     **{f"numbers: {arm}": flags for arm, flags in list(SUITES["lmwt"]["arms"].items())[:3]},
     **{f"listops: {arm}": ["--dataset=listops", "--batch_size=32", *flags] for arm, flags in WAVSPA.items()},
