@@ -1,6 +1,6 @@
 """
 The promises of model.py, each held against something slow and obvious: PyWavelets, dense matrices, loops over t, the
-papers' formulas, finite differences. python -m pytest -q runs all of it, -k wersa a part. PyWavelets and hypothesis are
+papers' formulas, finite differences. python -m pytest -q runs all of it, -n 2 in two processes, -k wersa a part. PyWavelets and hypothesis are
 wanted by a few tests, which are skipped without them. The comment at a test's head names wrong versions it catches.
 """
 
@@ -40,6 +40,7 @@ from model import ModelConfig, WaveletTransformer, build_cross, build_mixer, dau
 from prepare_data import Tokenizer, de, en
 from sample import load_checkpoint, load_model, translate
 
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 each = pytest.mark.parametrize
 pairs = lambda *axes: list(product(*axes))
 PREFIXES = (1, 2, 3, 7, 8, 15, 16, 31, 33, 63)
@@ -1601,9 +1602,9 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     # catches: a finished run trained again, an interrupted one begun again, a row that lacks its flags, a rate chosen on the test set, by seeds that not all rates saw or by a row without a loss
     for name in ("bench.py", "model.py", "prepare_data.py", "sample.py", "train.py"):
         shutil.copy(os.path.join(HERE, name), tmp_path)
-    (tmp_path / "miniature.py").write_text("import sys, bench; s = bench.SUITES['smoke']; s['arms'] = dict(list(s['arms'].items())[1:2]); s.update(seeds=(1, 2), rates=(2e-3, 0.0))\n"
+    (tmp_path / "miniature.py").write_text("import sys, bench; s = bench.SUITES['smoke']; s['arms'] = {'recall: haar': s['arms']['recall: haar']}; s['prepare']['recall']['rows'] = 400; s.update(seeds=(1, 2), rates=(2e-3, 0.0))\n"
         "s['base'] += ['--max_iters=4', '--eval_interval=2', '--eval_rows=2', '--metric_rows=1']; sys.argv = ['bench.py', 'quality']\n"
-        "bench.quality(bench.argparse.Namespace(suite='smoke', data_dir='data', source=None, jobs=1, only='aligned'))")
+        "bench.quality(bench.argparse.Namespace(suite='smoke', data_dir='data', source=None, jobs=1, only='haar'))")
     begin = lambda: subprocess.Popen([sys.executable, "miniature.py"], cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True, start_new_session=True)
     first, runs = begin(), tmp_path / "data" / "runs" / "smoke"
     while not list(runs.glob("*/ckpt.pt")) and first.poll() is None:
@@ -1615,7 +1616,7 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     assert not list(runs.iterdir())                            # a run that begins anew moves the earlier one aside
     rows = list(csv.DictReader(open(tmp_path / "results" / "smoke.csv")))
     assert [(r["seed"], r["learning_rate"]) for r in rows] == [("1", "0.002"), ("1", "0.0"), ("2", "0.002")]
-    assert all(r["arm"] == "numbers: attention, aligned cross" and "--cross=aligned" in r["flags"] and float(r["val_loss"]) > 0 and r["machine"] for r in rows)
+    assert all(r["arm"] == "recall: haar" and "--mixer=haar" in r["flags"] and float(r["val_loss"]) > 0 and r["machine"] for r in rows)
     import bench
     (tmp_path / "x.csv").write_text("arm,seed,learning_rate,val_loss,test_metric\na,1,1,2.0,0.9\na,1,2,1.0,0.5\na,2,2,9.0,0.4\n"
                                     "b,1,1,,0.9\nb,2,1,3.0,0.8\nb,1,2,2.0,0.5\n")   # b's first row is from before losses on val were kept
