@@ -524,7 +524,7 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar, undecimated encoder, gated, by place alone": [*ATROUS, "--gate", "--aligned_content=False", "--n_embd=136"],
         **{f"haar, undecimated encoder, gated, {c} cross": [*ATROUS, "--gate", f"--cross={c}", "--n_embd=136"] for c in ("attention", "wersa")},
         "haar, undecimated encoder, 3 levels": [*ATROUS, "--levels=3", "--n_embd=136"]}),
-    "decoders": dict(seeds=(1, 2, 3), rates=(2e-3, 4e-3), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
+    "decoders": dict(seeds=(1, 2, 3), rates=(2e-3, 4e-3, 8e-3), base=TEXT, prepare={"text": dict(tokenizer="bytes")}, arms={
         "attention": ["--mixer=attention"],
         "haar atrous": ["--mixer=haar", "--n_embd=148"],
         "haar atrous, gated": ["--mixer=haar", "--gate", "--n_embd=136"],
