@@ -536,6 +536,8 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "wavspa sorted": ["--mixer=wavspa", "--levels=3"],
         "wersa": ["--mixer=wersa"], "wersa, gated": ["--mixer=wersa", "--gate", "--n_embd=124"],
         "wersa without wavelets": ["--mixer=wersa", "--wersa_levels=0"],
+        **{f"wavspa atrous, {l} level{'s' * (l > 1)}": ["--mixer=wavspa", "--wavspa_causal=atrous", "--wavspa_shared=False", f"--levels={l}", f"--n_embd={n}"] for l, n in ((1, 112), (2, 100))},
+        "wavspa atrous, 1 level, gated": ["--mixer=wavspa", "--wavspa_causal=atrous", "--wavspa_shared=False", "--levels=1", "--gate", "--n_embd=104"],
     }),
 }
 TASKS = {  # every data set with a short training of one mixer, to be held against its trivial scores
