@@ -533,7 +533,7 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar atrous, gated, 3 levels": ["--mixer=haar", "--levels=3", "--gate", "--n_embd=136"],
         "attention, gated": ["--mixer=attention", "--gate", "--n_embd=124"],
         "haar partial": ["--mixer=haar", "--haar_causal=partial", "--n_embd=148"],
-        "wavspa sorted": ["--mixer=wavspa", "--levels=3"],
+        **{f"wavspa {form}": ["--mixer=wavspa", f"--wavspa_causal={form.split(',')[0]}", f"--levels={l}"] for form, l in (("sorted", 3), ("sorted, 1 level", 1), ("atrous, 3 levels, shared", 3))},
         "wersa": ["--mixer=wersa"], "wersa, gated": ["--mixer=wersa", "--gate", "--n_embd=124"],
         "wersa without wavelets": ["--mixer=wersa", "--wersa_levels=0"],
         **{f"wavspa atrous, {l} level{'s' * (l > 1)}": ["--mixer=wavspa", "--wavspa_causal=atrous", "--wavspa_shared=False", f"--levels={l}", f"--n_embd={n}"] for l, n in ((1, 112), (2, 100))},
