@@ -61,7 +61,7 @@ VARIANTS = {
     **{f"wavspa {w} {p}": dict(mixer="wavspa", levels=3, wavelet=w, wavelet_params=p) for w in ("haar", "db2", "db20") for p in ("fixed", "ada", "ortho", "lift")},
     "wavspa, one attention a band": dict(mixer="wavspa", levels=3, wavspa_shared=False),
     "wavspa around wersa": dict(mixer="wavspa", levels=3, inner="wersa"),
-    "wavspa atrous": dict(mixer="wavspa", levels=3, wavspa_causal="atrous"),
+    "wavspa sorted": dict(mixer="wavspa", levels=3, wavspa_causal="sorted"),
     **{f"wersa {f}, L={l}": dict(mixer="wersa", feature_map=f, wersa_levels=l) for f in ("relu", "exp") for l in (0, 2, 4)},
     "wersa orthogonal": dict(mixer="wersa", orthogonal_features=True),
 }
@@ -157,7 +157,8 @@ SPEED = {  # arm -> (kind, causal, what it is compared with, its flags, longest 
     "softmax causal, matrix stored": ("softmax", True, "flash SDPA causal", {}, 4096),
     "haar atrous, L=8": ("haar", True, "flash SDPA causal", dict(levels=8), 32768),
     "haar partial": ("haar", True, "flash SDPA causal", dict(haar_causal="partial"), 32768),
-    "wavspa sorted, 1 level": ("wavspa", True, "flash SDPA causal", dict(levels=1), 8192),
+    "wavspa atrous, 1 level": ("wavspa", True, "flash SDPA causal", dict(levels=1), 8192),
+    "wavspa sorted, 1 level": ("wavspa", True, "flash SDPA causal", dict(levels=1, wavspa_causal="sorted"), 8192),
     "wersa causal": ("wersa", True, "flash SDPA causal", {}, 32768),
     "haar, no projection": ("core", False, "copy", {}, 8192),
     "copy": ("copy", False, "copy", {}, 8192),

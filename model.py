@@ -62,7 +62,7 @@ class ModelConfig:
     haar_causal: str = "atrous"     # atrous | partial | literal (leaks; kept for the record)
     wavelet: str = "db2"            # haar | db2 ... db20 | lazy (even and odd samples) | random (4 orthonormal taps): the last two are controls
     wavelet_params: str = "ortho"   # fixed | ada | ortho | lift | conv (a control: the taps as a depthwise convolution before the inner mixer)
-    wavspa_causal: str = "sorted"   # sorted (by completion time) | atrous (undecimated)
+    wavspa_causal: str = "atrous"   # atrous (undecimated) | sorted (by completion time)
     wavspa_shared: bool = True      # False = one attention per band, the authors' choice
     inner: str = "attention"        # attention | wersa | fourier: what wavspa wraps
     n_features: int = 0             # wersa; 0 = 4 * channels per head
@@ -106,7 +106,7 @@ CHOICES = {  # every flag that takes one of a few words
     "haar_causal": ("atrous", "partial", "literal"),
     "wavelet": ("haar", *(f"db{n}" for n in range(2, 21)), "lazy", "random"),
     "wavelet_params": ("fixed", "ada", "ortho", "lift", "conv"),
-    "wavspa_causal": ("sorted", "atrous"),
+    "wavspa_causal": ("atrous", "sorted"),
     "inner": ("attention", "wersa", "fourier"),
     "feature_map": ("relu", "exp"),
 }
@@ -636,9 +636,10 @@ class Wavspa(nn.Module):
     - the inverse is exact (the released lattice flips channels instead of taps, so its inverse is none);
     - rows of a batch wrap at their own ends and padding coefficients are masked;
     - one attention shared by all bands, told apart by a band embedding (--wavspa_shared=False: one each, as theirs);
-    - a causal form, where theirs raises NotImplementedError. sorted: a coefficient becomes known at the last token it
-      covers; sort all of them by that time, run any causal attention over that sequence, and let t read the last
-      completed one of each level. atrous: the undecimated bands, each attended causally, added up."""
+    - a causal form, where theirs raises NotImplementedError. atrous: the undecimated bands, each attended causally, added
+      up. sorted: a coefficient becomes known at the last token it covers; sort all of them by that time, run any causal
+      attention over that sequence, and let t read the last completed one of each level: one attention in place of L + 1,
+      but t sees nothing of the tokens after the last completed block."""
 
     def __init__(self, cfg, causal=False):
         super().__init__()

@@ -51,19 +51,19 @@ VARIANTS = [" ".join(v.split()) for v in """
     haar haar_causal=partial haar_aggregate=concat haar_tile=1 | haar haar_causal=partial haar_learnable=0 levels=2
     haar haar_encoder=atrous | haar haar_encoder=atrous haar_aggregate=concat levels=3
     haar gate=1 haar_encoder=atrous bias=1 | haar gate=1 haar_causal=partial haar_aggregate=concat
-    attention gate=1 bias=1 | wersa gate=1 | wavspa gate=1 levels=2
-    attention | attention pos=none bias=1 | wavspa | wavspa wavelet=haar | wavspa wavelet=haar wavelet_params=lift wavspa_shared=0 levels=2
-    wavspa wavelet_params=ada wavspa_shared=0 | wavspa wavelet_params=lift inner=wersa | wavspa wavelet=db4 wavelet_params=fixed levels=3
-    wavspa wavelet=db20 wavspa_shared=0 inner=wersa levels=2 | wavspa wavspa_causal=atrous levels=2
-    wavspa wavspa_causal=atrous wavelet=haar wavelet_params=fixed wavspa_shared=0 | wavspa wavspa_causal=atrous wavelet_params=lift levels=2
-    wavspa wavspa_causal=atrous wavelet=db3 wavelet_params=ada wavspa_shared=0 inner=wersa levels=3 pos=none
-    wavspa wavelet=lazy wavelet_params=lift | wavspa wavelet=random levels=3
+    attention gate=1 bias=1 | wersa gate=1 | wavspa gate=1 levels=2 | wavspa gate=1 levels=2 wavspa_causal=sorted
+    attention | attention pos=none bias=1 | wavspa levels=2 | wavspa wavelet=haar wavelet_params=fixed wavspa_shared=0 | wavspa wavelet_params=lift levels=2
+    wavspa wavelet=db3 wavelet_params=ada wavspa_shared=0 inner=wersa levels=3 pos=none
+    wavspa wavspa_causal=sorted | wavspa wavspa_causal=sorted wavelet=haar | wavspa wavspa_causal=sorted wavelet=haar wavelet_params=lift wavspa_shared=0 levels=2
+    wavspa wavspa_causal=sorted wavelet_params=ada wavspa_shared=0 | wavspa wavspa_causal=sorted wavelet_params=lift inner=wersa
+    wavspa wavspa_causal=sorted wavelet=db4 wavelet_params=fixed levels=3 | wavspa wavspa_causal=sorted wavelet=db20 wavspa_shared=0 inner=wersa levels=2
+    wavspa wavspa_causal=sorted wavelet=lazy wavelet_params=lift | wavspa wavspa_causal=sorted wavelet=random levels=3
     wersa | wersa wersa_levels=0 | wersa wersa_adaptive=0 n_features=7 | wersa wersa_levels=3 pos=none orthogonal_features=1
     wersa feature_map=exp beta=1.5 | wersa feature_map=exp wersa_levels=3 orthogonal_features=1 bias=1""".strip().replace("\n", "|").split("|")]
 VARIANTS += [m for m in M.MIXERS if m != "fourier" and m not in {v.split()[0] for v in VARIANTS}]     # one that you have added
 READERS = ["cross=attention", "cross=attention pos=none bias=1", "cross=wersa", "cross=wersa feature_map=exp cross_ratio=0.5 bias=1",
            "cross=aligned levels=2", "cross=aligned cross_ratio=1.5 bias=1", "cross=aligned cross_ratio=0.5 aligned_content=0 levels=2"]
-MIXED = ["attention", "haar", "haar haar_causal=partial", "haar pos=learned", "wavspa", "wavspa wavspa_causal=atrous", "wavspa wavelet_params=lift inner=wersa",
+MIXED = ["attention", "haar", "haar haar_causal=partial", "haar pos=learned", "wavspa", "wavspa wavspa_causal=sorted", "wavspa wavspa_causal=sorted wavelet_params=lift inner=wersa",
          "wersa", "wersa feature_map=exp"]
 
 def config(text="", **kw):
@@ -307,7 +307,7 @@ def test_haar_forms():  # catches: tiling that is not plain, a repair that does 
 @each("T", [1, 2, 3, 7, 21, 33])
 def test_wavspa_sorted_loop(T):  # catches: ties in the wrong order, a coefficient read before it is complete, the sort not undone
     for wavelet, shared in product(("haar", "db2 wavelet_params=ada", "db4", "db2 wavelet_params=lift", "db3 wavelet_params=fixed"), BOTH):
-        m, x, events = mixer(f"wavspa wavelet={wavelet}", wavspa_shared=shared, block_size=16), rand(2, T, 16), []
+        m, x, events = mixer(f"wavspa wavspa_causal=sorted wavelet={wavelet}", wavspa_shared=shared, block_size=16), rand(2, T, 16), []
         (h, g), a, want = m.filters(), list(x.unbind(1)), torch.zeros_like(x)
         for l in range(m.L):
             ends = [[a[i] if i >= 0 else torch.zeros_like(x[:, 0]) for i in range(2 * k + 2 - len(h), 2 * k + 2)] for k in range(len(a) // 2)]
@@ -325,7 +325,7 @@ def test_wavspa_sorted_loop(T):  # catches: ties in the wrong order, a coefficie
 @each("text", [v for v in VARIANTS if v.startswith("wavspa") and "ada" not in v and "gate" not in v])
 def test_wavspa_identity(text):  # catches: an inverse that is none, a row's own length ignored, undecimated bands that do not add up
     x, mask = rand(3, 37, 16), mask_of(37, 37, 20, 3)
-    for causal in {False, "causal=atrous" in text}:
+    for causal in {False, "sorted" not in text}:
         m = mixer(text, causal)
         count = len(m.inner)
         del m.inner
@@ -499,7 +499,7 @@ def test_gradcheck(text, causal, monkeypatch):  # catches: a detach, a backward 
     f = lambda *a: torch.func.functional_call(m, dict(zip(names, a[len(inputs):])), (*a[:len(inputs)], mask_of(9, 9, 6)))
     assert torch.autograd.gradcheck(f, (*inputs, *params), atol=1e-6, fast_mode=True)
 
-@each("text,causal", pairs(["attention", "haar", "haar haar_causal=partial", "wersa", "wersa feature_map=exp", "wavspa levels=4"], BOTH))
+@each("text,causal", pairs(["attention", "haar", "haar haar_causal=partial", "wersa", "wersa feature_map=exp", "wavspa levels=4", "wavspa levels=4 wavspa_causal=sorted"], BOTH))
 @torch.no_grad()
 def test_half_precision(text, causal, monkeypatch):  # catches: a sum over T in float16 (4096 tokens around 6 overflow it) or bfloat16 (it stalls at 256)
     monkeypatch.undo()
@@ -643,7 +643,7 @@ def test_overfits_one_batch(text):  # catches: what only training shows: a wrong
             optimizer.step()
     assert loss < 0.05
 
-@each("text", ("attention", "haar", "haar haar_encoder=atrous haar_causal=partial", "wavspa wavspa_causal=atrous", "wavspa inner=wersa", "wersa", "fourier"))
+@each("text", ("attention", "haar", "haar haar_encoder=atrous haar_causal=partial", "wavspa", "wavspa wavspa_causal=sorted inner=wersa", "wersa", "fourier"))
 def test_compiles_into_one_graph(text, monkeypatch):  # catches: a Python number read from a tensor, a list of shapes that the compiler cannot follow
     monkeypatch.undo()
     torch._dynamo.reset()
@@ -1569,7 +1569,7 @@ def test_speed_bench(tmp_path):
 def test_fast_forward_is_the_state_at_that_position():
     # catches: a decode timing at position 0 that claims to be one at 65,536
     import bench
-    for text in ("attention", "haar", "haar haar_causal=partial", "wersa", "wavspa levels=1"):
+    for text in ("attention", "haar", "haar haar_causal=partial", "wersa", "wavspa levels=1", "wavspa levels=1 wavspa_causal=sorted"):
         m = build_mixer(config(text, n_embd=8, n_head=2, block_size=64), causal=True)
         with torch.no_grad():
             y, state = rand(1, 8), m.init_state(1)
