@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import model
 from model import ModelConfig, Wavspa, build_mixer
-from prepare_data import Parser, comma_separated, prepare, replacing, writable
+from prepare_data import Parser, comma_separated, load_meta, prepare, replacing, writable
 from sample import keep_freed_pages, learned, load_model
 
 HERE = Path(__file__).resolve().parent
@@ -645,7 +645,11 @@ def quality(args):
     arms = {arm: [*suite["base"], *flags] for arm, flags in chosen(suite["arms"], args.only).items()}
     names, data_dir = {dataset_of(flags) for flags in arms.values()}, os.path.join(args.data_dir, suite.get("data", ""))
     for name in sorted(names):
-        prepare(name, data_dir, source=args.source if len(names) == 1 else None, **suite.get("prepare", {}).get(name, {}))
+        folder = prepare(name, data_dir, source=args.source if len(names) == 1 else None, **suite.get("prepare", {}).get(name, {}))
+        tokens = str(int(np.sum(load_meta(folder)["splits"]["train"]["tokens"])))
+        others = {r["data_tokens"] for r in read_rows(path) if r["arm"] in arms and r.get("data_tokens") and dataset_of(r["flags"].split()) == name} - {tokens}
+        if others:
+            raise SystemExit(f"{path} has rows of another {name}, of {min(others)} training tokens, not {tokens}: give the --source of that one with another --data_dir, or move the file away")
     rate_of = lambda arm, rate: next((f.split("=")[1] for f in arms[arm] if f.startswith("--learning_rate=")), str(rate))
     git = git_state()
     threads, writing, failed = max(1, torch.get_num_threads() // args.jobs), Lock(), []
@@ -655,8 +659,9 @@ def quality(args):
         if failed:                                             # after Ctrl-C, or a run that failed, no other begins
             return
         out = Path(args.data_dir) / "runs" / args.suite / re.sub(r"\W+", "-", f"{arm} {seed} {rate} {git}")
-        if git.endswith("-dirty"):                             # what was trained before an edit is not gone on with
-            shutil.rmtree(out, ignore_errors=True)
+        if git.endswith("-dirty") and out.exists():            # what was trained before an edit is not gone on with
+            print(f"{arm}, seed {seed}, rate {rate}: begun anew, as the code has changes that are not committed", flush=True)
+            shutil.rmtree(out)
         flags = [f"--seed={seed}", f"--learning_rate={rate}", *arms[arm], f"--data_dir={data_dir}"]
         run = subprocess.run([sys.executable, str(HERE / "train.py"), *flags, f"--out_dir={out}", "--resume"], capture_output=True, text=True,
                              env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
@@ -694,8 +699,8 @@ def arms_of(path):
     for arm, rates in arms.items():
         tried = [{r["seed"] for r in rs} for rs in rates.values()]
         common = set.intersection(*tried) or set.union(*tried)
-        val = lambda rs: [float(r["val_loss"]) for r in rs if r.get("val_loss")]           # early rows have none
-        best[arm] = min(rates.values(), key=lambda rs: statistics.mean(val(r for r in rs if r["seed"] in common) or val(rs) or [0.0]))
+        val = lambda rs: [v if math.isfinite(v := float(r["val_loss"])) else math.inf for r in rs if r.get("val_loss")]       # early rows have none
+        best[arm] = min(rates.values(), key=lambda rs: statistics.mean(val(r for r in rs if r["seed"] in common) or val(rs) or [math.inf]))
     return best
 
 
@@ -885,7 +890,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # | head is no error
     p = Parser(description=__doc__)
     p.add("what", choices=["speed", "steps", "variants", "quality", "report"], help="what to measure")
-    p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings; an interrupted one goes on where it stopped, in the middle of a run too")
+    p.add("--suite", default="decoders", choices=list(SUITES), help="which grid of trainings; an interrupted one goes on where it stopped, on the same commit in the middle of a run too")
     p.add("--source", help="where the suite's data set comes from: a text for decoders, a folder for multi30k")
     p.add("--data_dir", default="data")
     p.add("--only", help="one arm, or all whose name holds this (speed, quality)")

@@ -89,7 +89,7 @@ class ModelConfig:
         for name in ("beta", "cross_ratio"):
             check(0 < getattr(self, name) <= 1e6, f"--{name}={getattr(self, name)} must lie above 0, up to 1e6")
         for flag, whole in (("mixer", "fourier"), ("inner", "fourier"), ("wavelet_params", "conv")):
-            check(getattr(self, flag) != whole or self.arch == "encoder", f"--{flag}={whole} has no causal form: use --arch=encoder, not {self.arch}")
+            check(getattr(self, flag) != whole or self.arch == "encoder", f"--{flag}={whole} has no causal form: use it with --arch=encoder, on a data set for encoders (listops, imdb, ...), not with {self.arch}")
 
     @property
     def n_levels(self):
@@ -645,7 +645,7 @@ class Wavspa(nn.Module):
         super().__init__()
         C, self.L, self.kind = cfg.n_embd, cfg.n_levels, cfg.wavelet_params
         self.form = cfg.wavspa_causal if causal else "bands"
-        check(self.kind != "conv" or not causal, "--wavelet_params=conv has no causal form: use it with --arch=encoder")
+        check(self.kind != "conv" or not causal, "--wavelet_params=conv has no causal form: build it with causal=False")
         angles = wavelet_angles(cfg.wavelet)
         if self.kind == "fixed":
             self.register_buffer("taps", lattice(angles).float())
@@ -657,7 +657,7 @@ class Wavspa(nn.Module):
             lift = {"haar": [[1.0, 0.0], [0.0, 0.5]], "lazy": [[0.0, 0.0], [0.0, 0.0]]}.get(cfg.wavelet, [[0.5, 0.5], [0.25, 0.25]])
             self.lift = nn.Parameter(torch.tensor(lift)[..., None].repeat(1, 1, C))
         self.inner = nn.ModuleList(MIXERS[cfg.inner](cfg, causal) for _ in range(1 if cfg.wavspa_shared else self.L + 1))
-        self.band = nn.Parameter(0.02 * torch.randn(self.L + 1, C))  # order d_1 ... d_L, a_L
+        self.band = nn.Parameter(0.02 * torch.randn(self.L + 1, C), requires_grad=self.kind != "conv")     # order d_1 ... d_L, a_L
 
     def filters(self):
         """(h, g), (F,) or (F, C): the pair as plain taps."""
@@ -1375,7 +1375,9 @@ class WaveletTransformer(nn.Module):
         if cfg.arch == "encdec":                               # a token passes either half, not both
             weights = (weights + self.num_params("wte")) // 2
         m = cfg.n_features or 4 * cfg.n_embd // cfg.n_head
-        mix = {"attention": 12 * T, "wersa": 24 * m, "haar": 18 * cfg.n_levels, "wavspa": 4 * T + 24 * cfg.n_levels, "fourier": 15 * math.log2(T * cfg.n_embd)}
+        bands = cfg.n_levels * (12 * T + 24 * cfg.n_embd * cfg.wavspa_shared) * (cfg.wavspa_causal == "atrous")    # a decoder attends each in full
+        bands *= {"encoder": 0, "encdec": 0.5, "decoder": 1}[cfg.arch]
+        mix = {"attention": 12 * T, "wersa": 24 * m, "haar": 18 * cfg.n_levels, "wavspa": 4 * T + 24 * cfg.n_levels + bands, "fourier": 15 * math.log2(T * cfg.n_embd)}
         return 6 * weights + cfg.n_layer * cfg.n_embd * mix.get(cfg.mixer, 0)
 
     def embed(self, idx, start=0):

@@ -775,7 +775,7 @@ def prepare(name, data_dir="data", force=False, exact=False, source=None, **flag
     if folder.exists() and not (folder / "meta.json").exists():
         raise SystemExit(f"{folder} exists and is no data set of ours: move it away or choose another --data_dir")
     if options.get("source") is inspect.Parameter.empty:
-        raise SystemExit(f"{name} needs --source=" + ("train.en,train.de" if name == "parallel" else "FILE"))
+        raise SystemExit(f"{name} is made from your own: python prepare_data.py --dataset={name} --source=" + ("train.en,train.de" if name == "parallel" else "FILE"))
 
     tmp = Path(data_dir) / f"{name}.tmp-{os.getpid()}"
     try:

@@ -141,7 +141,7 @@ def main():
     p.add("--temperature", type=float, low=0, high=1e6, help="0 = the likeliest token; default 0 to translate, 0.8 to continue")
     p.add("--top_k", type=int, low=1, high=2**31, help="sample among the k likeliest tokens only")
     p.add("--num_samples", type=int, default=1, low=1, high=10**6, help="how many continuations or translations of --start")
-    p.add("--max_new_tokens", type=int, low=1, high=2**24, help="default: the block size")
+    p.add("--max_new_tokens", type=int, low=1, high=2**24, help="default: the block size, or what it has room for with --pos=learned")
     p.add("--batch_size", type=int, default=128, low=1, high=2**31, help="lines at a time")
     p.add("--seed", type=int, default=1337, low=0, high=2**63 - 1)
     p.add("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=there, help="cpu, cuda, cuda:1, mps")
@@ -194,9 +194,11 @@ def main():
     else:
         temperature = 0.8 if args.temperature is None else args.temperature
         for text in texts:
-            ids = torch.tensor([[BOS] + tokenizer.encode(text)], device=args.device)
+            ids = tokenizer.encode(text)
+            ids = [BOS] * ("labels" in meta or not ids) + ids  # windows of one long text begin anywhere
+            room = model.config.block_size if model.wpe is None else max(1, model.config.block_size + 1 - len(ids))
             try:
-                out = model.generate(ids, args.max_new_tokens or model.config.block_size, None, temperature, args.top_k)
+                out = model.generate(torch.tensor([ids], device=args.device), args.max_new_tokens or room, None, temperature, args.top_k)
             except ValueError as e:
                 raise SystemExit(e)
             print(tokenizer.decode(out[0].tolist()))

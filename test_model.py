@@ -813,14 +813,35 @@ def test_two_processes_equal_one(work):
             assert (a[k] == b[k] == "") or abs(float(a[k]) - float(b[k])) < 1e-5, (k, a, b)
 
 
+def test_two_processes_say_what_ends_them(work, tmp_path):
+    # catches: what a process says lost in torch's own excepthook, a weight without a gradient, nodes that do not share --out_dir
+    for name, line in (("breaks", "import model; model.WaveletTransformer.flops_per_token = lambda *a: 1 / 0"), ("apart", "os.chdir(os.environ['RANK'])")):
+        (tmp_path / f"{name}.py").write_text(f"import os, runpy, sys; sys.path.insert(0, {HERE!r}); {line}\nrunpy.run_path({os.path.join(HERE, 'train.py')!r}, run_name='__main__')")
+    two = dict(cwd=tmp_path, launcher=[*TORCHRUN, "2"])
+    said = lambda name, *flags: start(str(tmp_path / name), *TINY, *flags, **two).communicate(timeout=170)[1]
+    for name, flags in (("recall", dict(n_pairs=4, n_keys=16)), ("listops", dict(min_len=10, max_len=30))):
+        prepare_data.prepare(name, tmp_path / "data", rows=100, **flags)
+    for i in "01":
+        (tmp_path / i).mkdir()
+    shutil.copytree(os.path.join(work, "whole"), tmp_path / "0" / "out")
+    assert "ZeroDivisionError" in said("breaks.py", "--dataset=recall")
+    assert "different steps (0, 12): --out_dir=out must be one folder" in said("apart.py", "--mixer=haar", "--resume", f"--data_dir={work}/data", "--max_iters=14")
+    for flags in ("--dataset=recall --wavspa_causal=sorted --wavspa_shared=False", "--dataset=listops --wavelet_params=conv"):
+        run("train.py", *TINY, "--mixer=wavspa", "--max_iters=2", *flags.split(), **two)
+
+
 def test_resume_refuses_another_model_and_keeps_earlier_runs(work):
-    # catches: weights silently left at their init, a finished run overwritten
+    # catches: weights silently left at their init, a finished run overwritten, out/ taken for another folder than out, a GPU's run that no CPU goes on with
     said = run("train.py", "--resume", "--out_dir=whole", "--n_layer=2", cwd=work, code=1)
     assert "n_layer: 1 in the checkpoint, 2 now" in said and said.count("\n") == 1
     before = open(os.path.join(work, "whole", "log.csv")).read()
     shutil.copytree(os.path.join(work, "whole"), os.path.join(work, "again"))
-    run("train.py", *TINY, "--mixer=haar", "--out_dir=again", "--max_iters=1", cwd=work)
+    run("train.py", *TINY, "--mixer=haar", "--out_dir=again/", "--max_iters=1", cwd=work)
     assert open(os.path.join(work, "again.1", "log.csv")).read() == before
+    ckpt = load_checkpoint(os.path.join(work, "again", "ckpt.pt"))
+    ckpt["config"]["device"] = "cuda"
+    torch.save(ckpt, os.path.join(work, "again", "ckpt.pt"))
+    run("train.py", "--resume", "--device=cpu", "--out_dir=again", "--max_iters=2", cwd=work)
     assert "nowhere/ckpt.pt does not exist: starting anew" in run("train.py", *TINY, "--resume", "--out_dir=nowhere", "--max_iters=1", cwd=work)
 
 
@@ -854,6 +875,11 @@ def test_decoder_from_text(work):
     loss, bpb = (float(re.search(rf"test {what} ([\d.]+)", said)[1]) for what in ("loss", "bits per byte"))
     assert abs(bpb - loss / math.log(2)) < 1e-3                # bytes: one token each
     assert "little" in run("sample.py", "--out_dir=text", "--start=0 little", "--max_new_tokens=5", cwd=work)
+    run("train.py", *flags, "--pos=learned", "--out_dir=places", "--max_iters=1", cwd=work)     # whose table has room for 32 tokens read
+    model, tokenizer, _ = load_model(os.path.join(work, "places", "best.pt"))
+    ids = tokenizer.encode("0 little")
+    want = tokenizer.decode(model.generate(torch.tensor([ids]), 33 - len(ids), temperature=0)[0].tolist())
+    assert run("sample.py", "--out_dir=places", "--start=0 little", "--temperature=0", "--device=cpu", cwd=work) == f"{want}\n---------------\n"
 
 
 WRONG = [
@@ -1619,9 +1645,14 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     assert all(r["arm"] == "recall: haar" and "--mixer=haar" in r["flags"] and float(r["val_loss"]) > 0 and r["machine"] for r in rows)
     import bench
     (tmp_path / "x.csv").write_text("arm,seed,learning_rate,val_loss,test_metric\na,1,1,2.0,0.9\na,1,2,1.0,0.5\na,2,2,9.0,0.4\n"
-                                    "b,1,1,,0.9\nb,2,1,3.0,0.8\nb,1,2,2.0,0.5\n")   # b's first row is from before losses on val were kept
+                                    "b,1,1,,0.9\nb,2,1,3.0,0.8\nb,1,2,2.0,0.5\n"     # b's first row is from before losses on val were kept
+                                    "c,1,1,,0.9\nc,1,2,2.0,0.5\nd,1,1,nan,0.9\nd,1,2,2.0,0.5\n")
     best = bench.arms_of(tmp_path / "x.csv")
-    assert [[r["test_metric"] for r in best[arm]] for arm in "ab"] == [["0.5", "0.4"], ["0.5"]]
+    assert [[r["test_metric"] for r in best[arm]] for arm in "abcd"] == [["0.5", "0.4"], ["0.5"], ["0.5"], ["0.5"]]
+    table = (tmp_path / "results" / "smoke.csv").read_text()
+    (tmp_path / "results" / "smoke.csv").write_text(table.replace(f",{rows[0]['data_tokens']},", ",7,"))
+    other = subprocess.run([sys.executable, "miniature.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode and "has rows of another recall, of 7 training tokens" in other.stderr
 
 
 def test_arms_are_matched():

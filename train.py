@@ -7,8 +7,9 @@ Train a wavelet encoder-decoder (or encoder, or decoder): one GPU, one CPU, or m
     torchrun --standalone --nproc_per_node=4 train.py --mixer=haar       # 4 GPUs, or 4 CPU processes
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 ...   # and node_rank=1 on the other node
 
-A step is batch_size * gradient_accumulation_steps rows, however many processes share them: data order and dropout are
-functions of (seed, step), so a run may be killed, resumed, and resumed on another number of processes.
+A step is batch_size * gradient_accumulation_steps rows, however many processes share them: data order is a function of
+(seed, step) and dropout one of (seed, step, process), so a run may be killed, resumed, and resumed on another number of
+processes, where dropout alone is drawn anew. Nodes share --data_dir and --out_dir.
 """
 
 import csv
@@ -129,8 +130,9 @@ if device_type == "cuda":
     torch.set_float32_matmul_precision("high")
 if world > 1:
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=args.dist_timeout))
+    sys.excepthook = unforeseen                                # torch's own holds back what is said, until an end that never comes
 
-out = args.out_dir
+out = os.path.normpath(args.out_dir)
 ckpt_path, best_path, log_path = (os.path.join(out, name) for name in ("ckpt.pt", "best.pt", "log.csv"))
 if args.resume and not os.path.exists(ckpt_path):
     say(f"{ckpt_path} does not exist: starting anew")
@@ -138,7 +140,7 @@ if args.resume and not os.path.exists(ckpt_path):
 ckpt = load_checkpoint(ckpt_path, kinds=KINDS | dict(optimizer=dict, scaler=dict, config=dict, evaluated=bool, seconds=float, log_bytes=int, skipped=int, in_a_row=int)) if args.resume else None
 kept = {}
 if ckpt:                                                       # read as if typed, so that a stranger's file can bring nothing that no flag takes
-    p.parse_args([f"--{k}={v}" for k, v in ckpt["config"].items() if v is not None])
+    p.parse_args([f"--{k}={v}" for k, v in ckpt["config"].items() if v is not None and k not in given])
     kept = p.given
 preset = given.get("preset") or kept.get("preset", "gpu" if device_type == "cuda" else "laptop")
 settings = {**vars(args), **PRESETS[preset], **kept, **given, "preset": preset}
@@ -176,7 +178,7 @@ if cfg.arch != "encoder" and cfg.mixer == "haar" and cfg.haar_causal == "literal
     stop("--haar_causal=literal leaks: each position sees the rest of its block, its own label included, so its loss means nothing; "
          "use atrous or partial, or --leak to train it all the same")
 if cfg.arch != meta["arch"]:
-    stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is made for --arch={meta['arch']}")
+    stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is made for --arch={meta['arch']}: choose another --dataset, or leave --arch out")
 step_rows, T_max = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.block_size
 if step_rows % world:
     stop(f"--batch_size={cfg.batch_size} * --gradient_accumulation_steps={cfg.gradient_accumulation_steps} rows cannot be shared by {world} processes", 2)
@@ -316,7 +318,11 @@ if ckpt:
         stop(f"{ckpt_path} has an optimiser that is not this model's: restore it from a copy, or train again")
 compiled = device_type == "cuda" if cfg.compile is None else cfg.compile
 net = torch.compile(model) if compiled else model
-net = DDP(net, device_ids=[local_rank] if device_type == "cuda" else None) if world > 1 else net
+if world > 1:                                                  # sorted wavspa leaves out bands that short rows have nothing in
+    net = DDP(net, device_ids=[local_rank] if device_type == "cuda" else None, find_unused_parameters=cfg.mixer == "wavspa" and cfg.wavspa_causal == "sorted")
+    dist.all_gather_object(steps := [None] * world, iter_num)
+    if len(set(steps)) > 1:
+        stop(f"the processes are at different steps ({', '.join(map(str, sorted(set(steps))))}): --out_dir={out} must be one folder that all nodes see")
 
 n_params, n_mix, n_emb = model.num_params(), model.num_params("mixer") + model.num_params("cross"), model.num_params("wte") + model.num_params("wpe")
 tokens_per_row = [float(np.mean(n)) for n in train.lengths] if ragged else [T_max]
@@ -540,7 +546,7 @@ while True:
     if iter_num >= cfg.max_iters:
         break
 
-    torch.manual_seed(hash((cfg.seed, iter_num, rank)) % 2**31)  # dropout, too, is a function of (seed, step)
+    torch.manual_seed(hash((cfg.seed, iter_num, rank)) % 2**31)  # dropout, too, can be repeated
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
