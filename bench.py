@@ -614,7 +614,7 @@ ENCODERS = {
 for name, flags in (("listops", []), ("pathfinder", []), ("imdb", ["--block_size=4096"])):
     SUITES[f"{name}_long"] = dict(seeds=(1, 2, 3), rates=(1e-3, 3e-4), base=[f"--dataset={name}", *flags, *LONG], arms=ENCODERS, data="long")
 SUITES["multi30k_long"] = dict(seeds=(1, 2, 3), rates=(2e-3, 1e-3, 4e-3), base=[*PAIR, "--n_layer=4", "--max_iters=12000", "--eval_interval=1000", "--warmup_iters=1000", "--dropout=0.2", "--beam=5"], prepare={
-    "multi30k": dict(vocab_size=10_000)}, data="long", arms={arm: SUITES["multi30k"]["arms"][arm] for arm in ("attention", "attention, gated", "wersa", "haar, undecimated encoder, gated")})
+    "multi30k": dict(vocab_size=10_000)}, data="long", arms={arm: SUITES["multi30k"]["arms"][arm] for arm in ("attention", "attention, gated", "wersa", *(f"haar, undecimated encoder, gated{c}" for c in ("", ", attention cross")))})
 SUITES["decoders_longer"] = dict(SUITES["decoders"], base=[*TEXT, "--max_iters=2000", "--warmup_iters=100", "--eval_interval=500"], arms={
     arm: SUITES["decoders"]["arms"][arm] for arm in ("haar atrous, gated", "attention, gated", "attention")})
 SUITES["decoders_time"] = dict(SUITES["decoders"], seeds=(1,), rates=(2e-3,), base=[*TEXT, "--max_iters=40", "--eval_interval=40", "--eval_rows=1", "--eval_block_size=0"])   # alone on the machine
