@@ -599,7 +599,7 @@ MORE = {**{f"wersa, L={l}": ["--mixer=wersa", f"--wersa_levels={l}", "--n_embd=6
         "wersa, L=2, orthogonal features": ["--mixer=wersa", "--orthogonal_features", "--n_embd=60"]}
 RELU = {arm: flags for arm, flags in WERSA.items() if "exp" not in arm}
 for name, base, arms, rates in (("wersa_listops", LISTOPS, RELU | MORE | WERSA, (3e-3,)), ("wersa_recall", RECALL, RELU, (5e-4,)),
-                                ("imdb", IMDB, RELU | {"haar, undecimated, gated": [*ATROUS, "--gate"]} | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
+                                ("imdb", IMDB, RELU | {"haar": ["--mixer=haar"], "haar, undecimated, gated": [*ATROUS, "--gate"]} | {arm: WAVSPA[arm] for arm in ("attention in ada", "attention in fixed")}, (1e-3,))):
     SUITES[name] = dict(seeds=(1, 2, 3), rates=rates, base=base, arms=arms, prepare=SHORT, data="short")
 # the papers' sizes, for a GPU: minutes a run there, hours on a CPU
 LONG = "--n_layer=4 --dropout=0.1 --batch_size=32 --warmup_iters=500 --max_iters=10000 --eval_interval=1000".split()
