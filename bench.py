@@ -816,7 +816,7 @@ def state_against(ax, arms, times):
         for a, x in ((ax[0], float(times[arm][0]["seconds"]) / int(times[arm][0]["steps"]) if arm in times else None), (ax[1], size)):
             if x:
                 dots(a, [x], [y], [e], arm, i)
-    ax[0].legend(*ax[1].get_legend_handles_labels(), fontsize=8, loc="center left")
+    ax[0].figure.legend(*ax[1].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     ax[0].set(xlabel="seconds of a training step, one core", ylabel="bits per byte, test", xlim=(0, None))
     ax[1].set(xlabel=f"bytes of decoding state per token of context, at {cfg.block_size}", xscale="log")
     ticks = [t for t in (100, 200, 500, 1000, 2000, 5000, 10000) if ax[1].get_xlim()[0] < t < ax[1].get_xlim()[1]]
@@ -860,7 +860,7 @@ def figures(folder):
     draw("recall", {"wersa_recall"}, 1, lambda ax: by_group(ax, have["wersa_recall"], "pairs in the row (trained on 1 to 4)", lambda r: groups(r) | beyond(r)), (8, 4.5))
     draw("lego", {"wavspa_lego"}, 2, lambda ax: (by_group(ax[0], have["wavspa_lego"], "link, rows of 6 (trained on links 1 to 3)", groups),
                                                  by_group(ax[1], have["wavspa_lego"], "link, rows of 12", beyond)))
-    draw("decoders", {"decoders", "decoders_time"}, 3, lambda ax: (state_against(ax, have["decoders"], have["decoders_time"]), by_length(ax[2], have["decoders"])), (15, 4))
+    draw("decoders", {"decoders", "decoders_time"}, 3, lambda ax: (state_against(ax, have["decoders"], have["decoders_time"]), by_length(ax[2], have["decoders"])), (17, 4))
     draw("taps", {"lmwt", "wavspa_listops"}, 2, lambda ax: (moved(ax[0], have["lmwt"]["haar, aligned cross"], "haar on numbers"),
                                                             moved(ax[1], have["wavspa_listops"]["attention in ada"], "ada on ListOps: all levels share their taps")))
 
