@@ -570,6 +570,7 @@ SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_siz
     "haar, aligned cross, undecimated encoder, gated": [*ATROUS, "--gate"],
     "haar, aligned cross, undecimated encoder, gated, by place alone": [*ATROUS, "--gate", "--aligned_content=False", "--n_embd=68"],
     **{f"haar, {c} cross, undecimated encoder": [*ATROUS, f"--cross={c}", "--n_embd=72"] for c in ("attention", "wersa")},
+    **{f"haar, {c} cross, undecimated encoder, gated": [*ATROUS, "--gate", f"--cross={c}", "--n_embd=68"] for c in ("attention", "wersa")},
     "haar, aligned cross, undecimated encoder, 3 levels": [*ATROUS, "--levels=3", "--n_embd=68"],
     "haar, aligned cross, concat": ["--mixer=haar", "--haar_aggregate=concat", "--n_embd=52"],
     "haar, aligned cross, by place alone": ["--mixer=haar", "--aligned_content=False", "--n_embd=68"],
