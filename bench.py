@@ -769,9 +769,12 @@ def bars(ax, arms, title):
         ax.axvline(v, color="black", ls=":", lw=1)
 
 
+MARKERS = "osD^"                                               # a figure has ten colours, and then the next marker
+
+
 def dots(ax, x, y, e, arm=None, i=0):
     """Means y at x with their standard deviations, 0 where there is none; arm i of a figure has a look of its own."""
-    ax.errorbar(x, y, [v or 0 for v in e], marker="osD^"[i // 10 % 4], capsize=3, color=f"C{i}", label=arm)
+    ax.errorbar(x, y, [v or 0 for v in e], marker=MARKERS[i // 10 % 4], capsize=3, color=f"C{i}", label=arm)
 
 
 def curve(ax, arms, pattern, xlabel, default=None):
@@ -785,10 +788,10 @@ def curve(ax, arms, pattern, xlabel, default=None):
 
 def by_group(ax, arms, xlabel, read):
     """Accuracy by group; read(row) -> {group: accuracy}."""
-    for arm, rs in arms.items():
+    for i, (arm, rs) in enumerate(arms.items()):
         found = [read(r) for r in rs]
         x = sorted(map(int, found[0]))
-        ax.plot(x, [statistics.mean(f[str(g)] for f in found) for g in x], marker="o", ls="--" if "L=0" in arm else "-", label=arm)
+        ax.plot(x, [statistics.mean(f[str(g)] for f in found) for g in x], marker=MARKERS[i // 10 % 4], ls="--" if "L=0" in arm else "-", label=arm)
     ax.set(xlabel=xlabel, ylabel="accuracy"), ax.legend(fontsize=8)
     ax.set_xscale("log" if x[-1] > 2 * len(x) else "linear"), ax.set_xticks(x, x), ax.minorticks_off()
 
