@@ -561,8 +561,8 @@ SHORT = {"listops": dict(min_len=10, max_len=100), "lego": dict(n_links=6, n_tr=
 SUITES["lmwt"] = dict(seeds=(1, 2, 3), rates=(4e-3,), base=[*SMALL, "--batch_size=32", "--max_iters=600", "--eval_interval=300"], arms={
     "attention": ["--mixer=attention"],
     "attention, aligned cross": ["--mixer=attention", "--cross=aligned", "--n_embd=60"],
-    "attention, gated": ["--mixer=attention", "--gate"],
     "haar, aligned cross": ["--mixer=haar", "--n_embd=68"],
+    "attention, gated": ["--mixer=attention", "--gate"],
     "haar, wersa cross": ["--mixer=haar", "--cross=wersa", "--n_embd=72"],
     "haar, attention cross": ["--mixer=haar", "--cross=attention", "--n_embd=72"],
     "haar, aligned cross, fixed taps": ["--mixer=haar", "--haar_learnable=False", "--n_embd=68"],
