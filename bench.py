@@ -740,7 +740,7 @@ def table(path):
             r = rs[0]
             lines.append(f"| {arm} | {int(r['data_rows']):,} | {int(r['data_tokens']):,} | {float(r['data_seconds']):.1f} s | {r['metric']} {said(score(rs))} | {listed(trivial(r))} | {r['steps']} |")
         return "\n".join(lines)
-    beyond, rows = far(first), read_rows(path)
+    rows, beyond = read_rows(path), far(first) if all(far(r) for rs in arms.values() for r in rs) else []  # early rows have none
     at = lambda rate, arm: [r for r in rows if (r["learning_rate"], r["arm"]) == (rate, arm)]
     columns = {"arm": lambda rs: rs[0]["arm"], "parameters": lambda rs: f"{int(rs[0]['params']):,}", f"{first['metric']}, test": lambda rs: said(score(rs))}
     for i, f in enumerate(beyond):
