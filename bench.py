@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import model
 from model import ModelConfig, Wavspa, build_mixer
-from prepare_data import Parser, comma_separated, load_meta, prepare, replacing, writable
+from prepare_data import Parser, comma_separated, prepare, replacing, writable
 from sample import keep_freed_pages, learned, load_model
 
 HERE = Path(__file__).resolve().parent
@@ -510,6 +510,8 @@ def git_state():
 TEXT = "--dataset=text --block_size=128 --batch_size=16 --n_layer=4 --max_iters=400 --warmup_iters=40 --eval_interval=200 --metric_rows=400 --eval_block_size=256,512".split()
 PAIR = "--dataset=multi30k --n_layer=3 --dropout=0.1 --label_smoothing=0.1 --batch_size=128 --max_iters=2500 --eval_interval=500 --beam=4".split()
 ATROUS = ["--mixer=haar", "--haar_encoder=atrous"]
+SORTED, UNDECIMATED = (["--mixer=wavspa", f"--wavspa_causal={form}"] for form in ("sorted", "atrous"))
+EACH = [*UNDECIMATED, "--wavspa_shared=False"]                 # one attention a band
 MIX = {m: [f"--mixer={m}"] for m in ("wersa", "haar", "attention", "wavspa")}
 SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's width makes its parameters match the first's
     "numbers": dict(seeds=(1337,), rates=(2e-3,), base=[], arms={**MIX, "wavspa": ["--mixer=wavspa", "--levels=2"]}),
@@ -534,11 +536,12 @@ SUITES = {  # name -> arms (label -> flags), seeds, learning rates; an arm's wid
         "haar atrous, gated, 3 levels": ["--mixer=haar", "--levels=3", "--gate", "--n_embd=136"],
         "attention, gated": ["--mixer=attention", "--gate", "--n_embd=124"],
         "haar partial": ["--mixer=haar", "--haar_causal=partial", "--n_embd=148"],
-        **{f"wavspa {form}": ["--mixer=wavspa", f"--wavspa_causal={form.split(',')[0]}", f"--levels={l}"] for form, l in (("sorted", 3), ("sorted, 1 level", 1), ("atrous, 3 levels, shared", 3))},
+        "wavspa sorted": [*SORTED, "--levels=3"], "wavspa sorted, 1 level": [*SORTED, "--levels=1"],
+        "wavspa atrous, 3 levels, shared": [*UNDECIMATED, "--levels=3"],
         "wersa": ["--mixer=wersa"], "wersa, gated": ["--mixer=wersa", "--gate", "--n_embd=124"],
         "wersa without wavelets": ["--mixer=wersa", "--wersa_levels=0"],
-        **{f"wavspa atrous, {l} level{'s' * (l > 1)}": ["--mixer=wavspa", "--wavspa_causal=atrous", "--wavspa_shared=False", f"--levels={l}", f"--n_embd={n}"] for l, n in ((1, 112), (2, 100))},
-        "wavspa atrous, 1 level, gated": ["--mixer=wavspa", "--wavspa_causal=atrous", "--wavspa_shared=False", "--levels=1", "--gate", "--n_embd=104"],
+        "wavspa atrous, 1 level": [*EACH, "--levels=1", "--n_embd=112"], "wavspa atrous, 2 levels": [*EACH, "--levels=2", "--n_embd=100"],
+        "wavspa atrous, 1 level, gated": [*EACH, "--levels=1", "--gate", "--n_embd=104"],
     }),
 }
 TASKS = {  # every data set with a short training of one mixer, to be held against its trivial scores
@@ -648,7 +651,7 @@ def quality(args):
     names, data_dir = {dataset_of(flags) for flags in arms.values()}, os.path.join(args.data_dir, suite.get("data", ""))
     for name in sorted(names):
         folder = prepare(name, data_dir, source=args.source if len(names) == 1 else None, **suite.get("prepare", {}).get(name, {}))
-        tokens = str(int(np.sum(load_meta(folder)["splits"]["train"]["tokens"])))
+        tokens = str(int(np.sum(json.load(open(os.path.join(folder, "meta.json")))["splits"]["train"]["tokens"])))      # prepare has checked it
         others = {r["data_tokens"] for r in read_rows(path) if r["arm"] in arms and r.get("data_tokens") and dataset_of(r["flags"].split()) == name} - {tokens}
         if others:
             raise SystemExit(f"{path} has rows of another {name}, of {min(others)} training tokens, not {tokens}: give the --source of that one with another --data_dir, or move the file away")
@@ -770,12 +773,14 @@ def bars(ax, arms, title):
         ax.axvline(v, color="black", ls=":", lw=1)
 
 
-MARKERS = "osD^"                                               # a figure has ten colours, and then the next marker
+def look(i):
+    """Of arm i in a figure: ten colours, and then the next marker."""
+    return dict(color=f"C{i}", marker="osD^"[i // 10 % 4])
 
 
 def dots(ax, x, y, e, arm=None, i=0):
-    """Means y at x with their standard deviations, 0 where there is none; arm i of a figure has a look of its own."""
-    ax.errorbar(x, y, [v or 0 for v in e], marker=MARKERS[i // 10 % 4], capsize=3, color=f"C{i}", label=arm)
+    """Means y at x with their standard deviations, 0 where there is none."""
+    ax.errorbar(x, y, [v or 0 for v in e], capsize=3, label=arm, **look(i))
 
 
 def curve(ax, arms, pattern, xlabel, default=None):
@@ -792,7 +797,7 @@ def by_group(ax, arms, xlabel, read):
     for i, (arm, rs) in enumerate(arms.items()):
         found = [read(r) for r in rs]
         x = sorted(map(int, found[0]))
-        ax.plot(x, [statistics.mean(f[str(g)] for f in found) for g in x], marker=MARKERS[i // 10 % 4], ls="--" if "L=0" in arm else "-", label=arm)
+        ax.plot(x, [statistics.mean(f[str(g)] for f in found) for g in x], ls="--" if "L=0" in arm else "-", label=arm, **look(i))
     ax.set(xlabel=xlabel, ylabel="accuracy"), ax.legend(fontsize=8)
     ax.set_xscale("log" if x[-1] > 2 * len(x) else "linear"), ax.set_xticks(x, x), ax.minorticks_off()
 
