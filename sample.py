@@ -11,57 +11,73 @@ A checkpoint carries its tokenizer, so nothing else is needed; one that was trai
 
 import argparse
 import ctypes
+import importlib.machinery
+import importlib.util
+import math
 import os
 import signal
 import sys
 import zipfile
-from dataclasses import replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Haar, ModelConfig, WaveletTransformer, Wavspa, Wersa, lattice, wavelet_angles
+from model import MIXERS, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
 from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, read_text, replacing, writable
 
-FORMAT = 1  # of ckpt.pt and best.pt
-
-
+FORMAT = 2  # of ckpt.pt and best.pt
 KINDS = dict(model=dict, model_args=dict, meta=dict, iter_num=int, best_loss=float)
 
-
 def load_checkpoint(path, device="cpu", kinds=KINDS):
-    """A ckpt.pt or best.pt written by train.py -> dict of tensors and plain types. Nothing in the file is executed, and a
-    file with a changed bit is refused."""
+    """ckpt.pt or best.pt -> dict of tensors and plain types. Nothing in it runs, no changed bit passes."""
     try:
-        with zipfile.ZipFile(path) as z:                       # torch writes checksums, but does not read them
-            intact = z.testzip() is None
-        ckpt = torch.load(path, map_location=device, weights_only=True) if intact else None
+        with zipfile.ZipFile(path) as z:
+            assert z.testzip() is None  # torch writes checksums, but does not read them
+        ckpt = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f"{path} does not exist: train first (python train.py), or name the folder with --out_dir")
-    except Exception:                                          # a broken pickle can fail in any way it likes
-        intact = False
-    if not intact:
-        raise SystemExit(f"{path} is damaged or not a checkpoint of train.py: restore it from a copy, or train again")
-    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT or not all(isinstance(ckpt.get(k), kind) for k, kind in kinds.items()):
-        raise SystemExit(f"{path} is not a checkpoint of this version of train.py (format {FORMAT}): train again")
+        raise SystemExit(f"{path} does not exist: train first (python train.py), or name its --out_dir")
+    except Exception:  # a broken pickle can fail in any way it likes
+        raise SystemExit(f"{path} is damaged or not a checkpoint of train.py: restore a copy, or train again")
+    number = ckpt.get("format") if isinstance(ckpt, dict) else None
+    if type(number) is int and number == 1:
+        raise SystemExit(f"{path} was written by the first edition (commit 9d7600d): check that commit out "
+                         "to use it, or train again")
+    if number != FORMAT or not all(isinstance(ckpt.get(name), kind) for name, kind in kinds.items()):
+        raise SystemExit(f"{path} is not a checkpoint of this train.py (format {FORMAT}): train again")
     return ckpt
 
+def register(path):
+    """Run a Python file that adds classes to model.MIXERS. Only ever one whose path the user has typed."""
+    loader = importlib.machinery.SourceFileLoader("mixers_from", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("mixers_from", loader))
+    sys.modules["mixers_from"] = module
+    try:
+        loader.exec_module(module)
+    except Exception as e:  # whatever is wrong in it
+        raise SystemExit(f"--mixers_from={path} cannot be imported ({type(e).__name__}: {one_line(e)})")
+
+def one_line(e):
+    return " ".join(str(e).split())[:150]
 
 def build(path, ckpt, cfg=None):
-    """The model of a checkpoint, its weights loaded; before anything large is made, their shapes are compared."""
+    """The model of a checkpoint, its weights loaded; shapes are compared before anything large is made."""
+    for name in str(ckpt["model_args"].get("mixer")).split(","):
+        if name not in MIXERS:
+            raise SystemExit(f"{path} has --mixer={one_line(name)}, which model.py does not know: "
+                             "name the file that registers it with --mixers_from")
     try:
-        cfg, weights = cfg or ModelConfig(**ckpt["model_args"]), ckpt["model"]
+        cfg = cfg or ModelConfig(**ckpt["model_args"])
         with torch.device("meta"):
-            shapes = {k: v.shape for k, v in WaveletTransformer(replace(cfg, n_layer=min(cfg.n_layer, len(weights)))).state_dict().items()}
-        if shapes != {k: v.shape for k, v in weights.items()}:
+            wanted = WaveletTransformer(cfg).state_dict()
+        shapes = {name: v.shape for name, v in wanted.items()}
+        if shapes != {name: v.shape for name, v in ckpt["model"].items()}:
             raise ValueError("its weights are another model's than its settings name")
         model = WaveletTransformer(cfg)
-        model.load_state_dict(weights)
+        model.load_state_dict(ckpt["model"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise SystemExit(f"{path} does not fit this version of model.py ({' '.join(str(e).split())[:150]}): train again")
+        raise SystemExit(f"{path} does not fit this version of model.py ({one_line(e)}): train again")
     return model
-
 
 def load_model(path, device="cpu"):
     """-> model in eval mode, tokenizer, the data set's meta."""
@@ -69,56 +85,18 @@ def load_model(path, device="cpu"):
     model, meta = build(path, ckpt), ckpt["meta"]
     try:
         tokenizer = Tokenizer(meta["tokenizer"])
-        known = tokenizer.vocab_size == model.config.vocab_size and (model.config.arch != "encoder" or len(meta["classes"]) == model.config.n_classes)
-    except Exception:                                          # whatever a stranger writes there
-        known = False
-    if not known:
-        raise SystemExit(f"{path} has a tokenizer that is not its model's: restore it from a copy, or train again")
+        assert tokenizer.vocab_size == model.config.vocab_size
+        assert model.config.arch != "encoder" or len(meta["classes"]) == model.config.n_classes
+    except Exception:  # whatever a stranger writes there
+        raise SystemExit(f"{path} has a tokenizer that is not its model's: restore a copy, or train again")
     return model.to(device).eval(), tokenizer, meta
 
-
 def keep_freed_pages():
-    """On a CPU a step asks for the same sizes again and again, and pages that went back to the kernel cost it a tenth and more."""
+    """On a CPU each step asks for the same sizes; pages that went back to the kernel cost it a tenth."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *a: 0)
-        mallopt(-3, 2**25), mallopt(-1, 2**30)
-
-
-def collate(rows, head=(), tail=(), fill=PAD):
-    """Lists of ids -> (B, T) int64, each row between head and tail, filled up at its end to a multiple of 8."""
-    n = max(len(r) for r in rows) + len(head) + len(tail)
-    out = np.full((len(rows), n + -n % 8), fill, dtype=np.int64)
-    for i, r in enumerate(rows):
-        out[i, :len(head) + len(r) + len(tail)] = [*head, *r, *tail]
-    return torch.from_numpy(out)
-
-
-def by_length(rows, batch_size):
-    """Indices of rows in batches of alike lengths, the longest first (so that too little memory shows at once)."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0.0, top_k=None, batch_size=128,
-              max_new_tokens=None, progress=False, block_size=None, heed=lambda: None):
-    """One output string per text, in the order given, and how many texts were cut to --block_size. Empty in, empty out."""
-    device, block_size = model.wte.weight.device, block_size or model.config.block_size
-    rows = [tokenizer.encode(t.strip()) for t in texts]
-    cut = sum(len(r) > block_size - 1 for r in rows)
-    rows, out = [r[:block_size - 1] for r in rows], [""] * len(texts)
-    todo = [i for i, r in enumerate(rows) if r]
-    for batch in tqdm(by_length([rows[i] for i in todo], batch_size), disable=not progress, unit="batch"):
-        heed()
-        batch = [todo[i] for i in batch]
-        src, n = collate([rows[i] for i in batch], tail=[EOS]).to(device), max_new_tokens or block_size
-        if beam > 1:
-            ids = model.beam_search(src, BOS, EOS, n, beam, length_penalty)
-        else:
-            ids = model.generate(torch.full((len(batch), 1), BOS, device=device), n, src, temperature, top_k, EOS)[:, 1:]
-        for i, row in zip(batch, ids.tolist()):
-            out[i] = tokenizer.decode(row[:row.index(EOS)] if EOS in row else row)
-    return out, cut
-
+        mallopt(-3, 2**25)
+        mallopt(-1, 2**30)
 
 def there(name):
     """A --device that this machine has, or an error that argparse shows."""
@@ -128,151 +106,263 @@ def there(name):
     except (RuntimeError, AssertionError, ValueError):
         raise argparse.ArgumentTypeError(f"{name} is not there; cpu is")
 
+def reorder(state, rows):
+    """Pick rows (n,) of every tensor in a state: what a beam search does to its hypotheses."""
+    if torch.is_tensor(state):
+        return state.index_select(0, rows)
+    if isinstance(state, dict):
+        return {name: reorder(part, rows) for name, part in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)([reorder(part, rows) for part in state])
+    return state
 
-def main():
-    p = Parser(description=__doc__)
-    p.add("--out_dir", default="out", help="folder that train.py wrote")
-    p.add("--ckpt", default="best.pt", help="best.pt (lowest validation loss) or ckpt.pt (last)")
-    p.add("--start", default=None, help="text to translate, continue or classify; FILE:name reads it from a file")
-    p.add("--input", default=None, help="a file to translate or classify line by line")
-    p.add("--output", type=writable, default=None, help="where --input's results go, one line each; default: standard output")
-    p.add("--beam", type=int, default=1, low=1, high=1000, help="beams of a translation; 1 = greedy")
-    p.add("--length_penalty", type=float, default=0.6, low=-10, high=10, help="exponent of the beams' length normalisation")
-    p.add("--temperature", type=float, low=0, high=1e6, help="0 = the likeliest token; default 0 to translate, 0.8 to continue")
-    p.add("--top_k", type=int, low=1, high=2**31, help="sample among the k likeliest tokens only")
-    p.add("--num_samples", type=int, default=1, low=1, high=10**6, help="how many continuations or translations of --start")
-    p.add("--max_new_tokens", type=int, low=1, high=2**24, help="default: the block size, or what it has room for with --pos=learned")
-    p.add("--batch_size", type=int, default=128, low=1, high=2**31, help="lines at a time")
-    p.add("--seed", type=int, default=1337, low=0, high=2**63 - 1)
-    p.add("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=there, help="cpu, cuda, cuda:1, mps")
-    p.add("--show", default=None, choices=["wavelets"], help="print what the wavelet layers have learned, and draw it")
-    args = p.parse_args()
-    if not args.start and args.input is None and not args.show:
-        p.error('say what to read: --start="some text", --start=FILE:name or --input=FILE')
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)          # | head is no error
-    torch.manual_seed(args.seed)
-    model, tokenizer, meta = load_model(os.path.join(args.out_dir, args.ckpt), args.device)
-    arch = model.config.arch
-    if args.show:
-        return show_wavelets(model, os.path.join(args.out_dir, "wavelets.png"))
+@torch.no_grad()
+def beam_search(model, src, bos_id, eos_id, max_new_tokens, beam=4, length_penalty=0.6):
+    """src (B,S) -> the best hypothesis of each row (B, <= max_new_tokens), without bos, padded after its eos.
+    Scores are log p / ((5 + length) / 6)^length_penalty (arXiv 1609.08144, eq. 14)."""
+    if beam < 1:
+        raise ValueError(f"--beam={beam} must be at least 1")
+    B, device, was_training = src.size(0), src.device, model.training
+    first = beam * torch.arange(B, device=device)  # where each row's beams begin
+    model.eval()
+    try:
+        state = reorder(model.init_state(B, src), torch.arange(B, device=device).repeat_interleave(beam))
+        ids = torch.full((B * beam, 1), bos_id, device=device)
+        score = torch.tensor([0.0] + [-math.inf] * (beam - 1), device=device).repeat(B)  # one live beam
+        length = torch.zeros(B * beam, device=device)
+        ended = torch.zeros(B * beam, dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            logits, state = model.decode(ids[:, -1:], state)
+            logp = logits[:, -1].float().log_softmax(-1)  # (B beam, V)
+            V = logp.size(-1)
+            free = torch.full((V,), -math.inf, device=device)  # an ended beam goes on at no cost
+            free[model.config.pad_id] = 0.0
+            total = score[:, None] + torch.where(ended[:, None], free, logp)
+            length = length + ~ended
+            normed = total / ((5 + length[:, None]) / 6) ** length_penalty
+            best = normed.view(B, -1).topk(beam).indices  # (B, beam), among beam * V
+            rows = (first[:, None] + best // V).flatten()
+            new = (best % V).flatten()
+            score, length = total[rows, new], length[rows]
+            ended = ended[rows] | (new == eos_id)
+            ids = torch.cat((ids[rows], new[:, None]), 1)
+            state = dict(state, mixers=reorder(state["mixers"], rows))  # the beams of a row share its source
+            if ended.all():
+                break
+    finally:
+        model.train(was_training)
+    normed = score / ((5 + length) / 6) ** length_penalty
+    return ids[first + normed.view(B, beam).argmax(-1), 1:]
 
-    if args.input is not None:
-        if arch == "decoder":
-            p.error("--input goes line by line, which a decoder's checkpoint cannot: use --start=FILE:name")
-        texts = read_text(args.input).replace("\r\n", "\n").split("\n")
-        texts = texts[:-1] if texts[-1] == "" else texts       # the last line's own line end
-    else:
-        is_file = args.start.startswith("FILE:") and "image" not in meta
-        texts = [read_text(args.start[5:]) if is_file else args.start] * args.num_samples
+def collate(rows, head=(), tail=(), fill=PAD, most=2**31):
+    """Lists of ids -> (B, T) int64, each between head and tail, filled up to a multiple of 8, or most."""
+    n = max(len(row) for row in rows) + len(head) + len(tail)
+    out = np.full((len(rows), max(n, min(n + -n % 8, most))), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, :len(head) + len(row) + len(tail)] = [*head, *row, *tail]
+    return torch.from_numpy(out)
 
-    if arch == "encdec":
-        sampled = dict(temperature=args.temperature or 0.0, top_k=args.top_k, beam=args.beam, length_penalty=args.length_penalty)
-        if args.input is None:
-            texts = [" ".join(t.split()) for t in texts]
-        results, cut = translate(model, tokenizer, texts, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
-                                 progress=args.input is not None, **sampled)
-        if cut:
-            print(f"{cut} of {len(texts)} inputs were longer than {model.config.block_size - 1} tokens and were cut", file=sys.stderr)
-        write_lines(args.output, [" ".join(r.splitlines()) for r in results])
-    elif arch == "encoder":
-        rows, results = [read_image(t, meta["image"]) if "image" in meta else tokenizer.encode(t) for t in texts], []
-        cut = sum(len(r) > model.config.block_size for r in rows)
-        rows = [r[:model.config.block_size] or [EOS] for r in rows]
-        if cut:
-            print(f"{cut} of {len(rows)} inputs were longer than {model.config.block_size} tokens and were cut", file=sys.stderr)
-        for i in range(0, len(rows), args.batch_size):
-            with torch.no_grad():
-                logits, _ = model(collate(rows[i:i + args.batch_size]).to(args.device))
-            for row, prob in zip(rows[i:i + args.batch_size], logits.softmax(-1)):
-                best = [meta["classes"][c] for c in prob.argmax(-1).view(-1)]
-                if model.config.pool == "token":               # one answer for each token that is asked for
-                    results.append(" ".join(f"{tokenizer.decode([row[t]])}={best[t]}" for t in range(0, len(row), meta["asked_every"])))
-                else:
-                    results.append(f"{best[0]}\t{prob.max():.3f}")
-        write_lines(args.output, results)
-    else:
-        temperature = 0.8 if args.temperature is None else args.temperature
-        for text in texts:
-            ids = tokenizer.encode(text)
-            ids = [BOS] * ("labels" in meta or not ids) + ids  # windows of one long text begin anywhere
-            room = model.config.block_size if model.wpe is None else max(1, model.config.block_size + 1 - len(ids))
-            try:
-                out = model.generate(torch.tensor([ids], device=args.device), args.max_new_tokens or room, None, temperature, args.top_k)
-            except ValueError as e:
-                raise SystemExit(e)
-            print(tokenizer.decode(out[0].tolist()))
-            print("---------------")
+def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0.0, top_k=None,
+              batch_size=128, max_new_tokens=None, progress=False, block_size=None, heed=lambda: None):
+    """One string per text, in the order given, and how many were cut to block_size. Empty in, empty out.
+    heed is called before each batch, and may raise."""
+    device = model.wte.weight.device
+    block_size = block_size or model.config.block_size
+    max_new_tokens = max_new_tokens or block_size
+    rows = [tokenizer.encode(text.strip()) for text in texts]
+    cut = sum(len(row) > block_size - 1 for row in rows)
+    out = [""] * len(texts)
+    # alike lengths share a batch, and the longest come first, so that too little memory shows at once
+    todo = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -min(len(rows[i]), block_size - 1))
+    for start in tqdm(range(0, len(todo), batch_size), disable=not progress, unit="batch"):
+        heed()
+        batch = todo[start:start + batch_size]
+        src = collate([rows[i][:block_size - 1] for i in batch], tail=[EOS], most=block_size).to(device)
+        if beam > 1:
+            ids = beam_search(model, src, BOS, EOS, max_new_tokens, beam, length_penalty)
+        else:
+            begin = torch.full((len(batch), 1), BOS, device=device)
+            ids = model.generate(begin, max_new_tokens, src, temperature, top_k, EOS)[:, 1:]
+        for i, row in zip(batch, ids.tolist()):
+            end = row.index(EOS) if EOS in row else len(row)
+            out[i] = tokenizer.decode(row[:end])
+    return out, cut
 
+def classify(model, tokenizer, meta, texts, batch_size):
+    """One line per text, its class and how likely that is, or the label of each token that is asked; and how
+    many texts were cut."""
+    most, results = model.config.block_size, []
+    rows = [read_image(text, meta["image"]) if "image" in meta else tokenizer.encode(text) for text in texts]
+    for start in range(0, len(rows), batch_size):
+        batch = [row[:most] or [EOS] for row in rows[start:start + batch_size]]
+        with torch.no_grad():
+            logits, _ = model(collate(batch, most=most).to(model.wte.weight.device))
+        for row, prob in zip(batch, logits.softmax(-1)):
+            best = [meta["classes"][c] for c in prob.argmax(-1).view(-1)]
+            if model.config.pool == "token":
+                asked = range(0, len(row), meta["asked_every"])
+                results.append(" ".join(f"{tokenizer.decode([row[t]])}={best[t]}" for t in asked))
+            else:
+                results.append(f"{best[0]}\t{prob.max():.3f}")
+    return results, sum(len(row) > most for row in rows)
 
 def read_image(name, shape):
     """FILE:x.png -> the ids of its grey pixels, line by line."""
     import matplotlib.image
+    name = name.removeprefix("FILE:")
     try:
-        pixels = matplotlib.image.imread(name.removeprefix("FILE:"))
-    except Exception as e:                                     # as many as there are formats
-        raise SystemExit(f"{name.removeprefix('FILE:')} cannot be read as an image ({e}): this checkpoint classifies --start=FILE:x.png")
+        pixels = matplotlib.image.imread(name)
+    except Exception as e:  # as many as there are formats
+        raise SystemExit(f"{name} cannot be read as an image ({e}): this checkpoint takes --start=FILE:x.png")
     pixels = pixels * 255.0 if pixels.dtype == np.float32 else pixels.astype(float)
     grey = pixels if pixels.ndim == 2 else pixels[..., :3] @ [0.299, 0.587, 0.114]
     if list(grey.shape) != shape:
-        raise SystemExit(f"{name.removeprefix('FILE:')} has {grey.shape[1]} x {grey.shape[0]} pixels, this checkpoint was trained on {shape[1]} x {shape[0]}: scale it first")
+        (h, w), (H, W) = grey.shape, shape
+        raise SystemExit(f"{name} has {w} x {h} pixels, the checkpoint reads {W} x {H}: scale it first")
     return (grey.round().astype(int).ravel() + N_SPECIAL).tolist()
 
-
-def learned(model, show=lambda *a: None):
-    """What the wavelet layers have learned -> {layer: [(moved, weight)]} by level: the RMS distance of the taps (or gains)
-    from where they started, and the RMS weight of the level's band in the output. show=print says it as a table too."""
+@torch.no_grad()
+def learned(model, show=lambda line: None):
+    """What the wavelet layers have learned -> {layer: [(moved, weight) of level 1, 2, ...]}: how far the taps
+    went, and the band's weight (haar), embedding (wavspa) or gain (wersa), all RMS. show=print says it."""
     lines = {}
+    start = torch.stack(Wavelet(model.config.wavelet).filters(0))  # (2, F, 1)
     for name, m in model.named_modules():
+        if not isinstance(m, (Haar, Wavspa, Wersa)) or m.L == 0:
+            continue
+        taps = [torch.stack(m.wavelet.filters(l)) for l in range(m.L)]  # (2, F, C) each
+        moved = [(now.cpu() - start).square().mean().sqrt().item() for now in taps]
         if isinstance(m, Haar):
-            show(f"{name}: level   alpha    beta   gamma   delta   moved  weight")
-            start, weight = torch.tensor([[1.0, 1.0], [1.0, -1.0]])[..., None] / 2 ** 0.5, m.weight.detach().square().mean((1, 2)).sqrt()
-            for l, taps in enumerate(m.taps.detach().cpu()):
-                row = [*taps.mean(-1).flatten().tolist(), (taps - start).square().mean().sqrt().item(), weight[l].item()]
-                show(" " * len(name) + f"  {l + 1:5d} " + " ".join(f"{v:7.3f}" for v in row))
-                lines.setdefault(name, []).append(row[-2:])
-            show(" " * len(name) + f"  a_L: weight {weight[-1].item():.3f}")
-        elif isinstance(m, Wavspa):
-            h, start = m.filters()[0].detach().cpu(), lattice(wavelet_angles(model.config.wavelet)).float()
-            error = m.reconstruction_error(torch.randn(1, 64, m.band.size(1), device=m.band.device))
-            h = h if h.dim() > 1 else h[:, None]
-            show(f"{name}: mean taps " + " ".join(f"{v:.3f}" for v in h.mean(1)) + f", reconstruction error {error:.1e}")
-            if len(h) == len(start) and model.config.wavelet != "random":
-                lines[name] = [((h - start[:, None]).square().mean().sqrt().item(), w) for w in m.band.detach().square().mean(1).sqrt().tolist()]
-        elif isinstance(m, Wersa) and m.L:
-            gains = m.scale.detach().mean(0).tolist()
-            show(f"{name}: gain scale, d_1 ... d_L, a_L: " + " ".join(f"{v:.3f}" for v in gains))
-            lines[name] = [(abs(v - 1), v) for v in gains]
+            bands = m.weight.flatten(1)
+        else:
+            bands = m.band.flip(0) if isinstance(m, Wavspa) else m.scale.T.flip(0)
+        weight = bands.square().mean(1).sqrt().tolist()  # d_1, ..., d_L, a_L
+        x = torch.randn(1, 64, taps[0].size(-1), device=bands.device)
+        error = (m.wavelet.idwt(m.wavelet.dwt(x)) - x).abs().max()
+        show(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}, "
+             f"reconstruction error {error:.1e}\n  level   moved  weight  mean low-pass | high-pass")
+        for l in range(m.L):
+            low, high = (" ".join(f"{tap:.3f}" for tap in h) for h in taps[l].mean(-1))
+            show(f"  {l + 1:5d} {moved[l]:7.3f} {weight[l]:7.3f}  {low} | {high}")
+        show(f"    a_L         {weight[-1]:7.3f}")
+        lines[name] = list(zip(moved, weight))
     return lines
-
 
 def show_wavelets(model, path):
     """learned, printed and as a picture."""
     lines = learned(model, print)
     if not lines:
-        raise SystemExit(f"--show=wavelets: a model of --mixer={model.config.mixer} has no wavelets")
+        raise SystemExit(f"--show=wavelets: this model of --mixer={model.config.mixer} has no wavelets")
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for ax, i, title in zip(axes, (0, 1), ("distance from the initial taps (RMS)", "weight of the band (RMS)")):
+    for i, title in enumerate(("distance from the initial taps (RMS)", "weight of the band (RMS)")):
         for name, rows in lines.items():
-            ax.plot(range(1, len(rows) + 1), [r[i] for r in rows], marker="o", label=name)
-        ax.set(xlabel="level", title=title, ylim=(0, None))
+            axes[i].plot(range(1, len(rows) + 1), [row[i] for row in rows], marker="o", label=name)
+        axes[i].set(xlabel="level", title=title, ylim=(0, None))
     axes[0].legend(fontsize=7)
     plt.savefig(path, dpi=120)
     print(f"drawn to {path}")
 
+def how_many(model, asked, n):
+    """How many tokens to put behind n: as asked, else the block size, or what --pos=learned has room for."""
+    most = model.config.block_size
+    if model.wpe is None:
+        return asked or most
+    room = most + 1 - n  # the last one is never read
+    if room < max(1, asked or 0):
+        raise SystemExit(f"--max_new_tokens={asked or 1} behind {n}: --pos=learned has room for {most + 1} in "
+                         "all, lower it or cut --start")
+    return asked or room
 
-def write_lines(path, lines):
-    if path is None:
-        return print("\n".join(lines))
+def refuse_idle(p, args, arch):
+    """A typed flag that would change nothing ends in one sentence."""
+    lines, encoder = args.input is not None, arch == "encoder"
+    for names, idle, why in (
+            ("input output", arch == "decoder", "goes by lines, a decoder does not: use --start=FILE:name"),
+            ("start", lines, "and --input both say what to read: leave one out"),
+            ("num_samples", lines, "is for --start: leave it out"),
+            ("beam", arch != "encdec", f"is for translations, not for --arch={arch}: leave it out"),
+            ("length_penalty", args.beam == 1, "weighs beams: add --beam=4, or leave it out"),
+            ("temperature top_k", args.beam > 1, "draws, and --beam looks for the best: leave one out"),
+            ("temperature top_k num_samples max_new_tokens", encoder, "writes, but an encoder reads"),
+            ("top_k", args.temperature == 0, "draws, --temperature=0 does not: raise it")):
+        for name in names.split():
+            if idle and name in p.given:
+                p.error(f"--{name} {why}")
+
+def main():
+    p = Parser(description=__doc__)
+    p.add("--out_dir", help="folder that train.py wrote", default="out")
+    p.add("--ckpt", help="best.pt (lowest validation loss) or ckpt.pt (last)", default="best.pt")
+    p.add("--start", help="text to translate, continue or classify; FILE:name reads it from a file")
+    p.add("--input", help="a file to translate or classify line by line")
+    p.add("--output", writable, "where the lines go; default: standard output")
+    p.add("--beam", int, "beams of a translation; 1 = greedy", 1, 1000, default=1)
+    p.add("--length_penalty", float, "exponent of the beams' length normalisation", -10, 10, default=0.6)
+    p.add("--temperature", float, "0 = the likeliest token; default 0 to translate, 0.8 to continue", 0, 1e6)
+    p.add("--top_k", int, "sample among the k likeliest tokens only", 1, 2**31)
+    p.add("--num_samples", int, "how many continuations or translations of --start", 1, 10**6, default=1)
+    p.add("--max_new_tokens", int, "default: the block size, or what --pos=learned has room for", 1, 2**24)
+    p.add("--batch_size", int, "lines at a time", 1, 2**31, default=128)
+    p.add("--seed", int, "", 0, 2**63 - 1, default=1337)
+    p.add("--device", there, "cpu, cuda, cuda:1, mps", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add("--mixers_from", help="a Python file that registers more mixers in model.MIXERS first")
+    p.add("--show", help="print what the wavelet layers have learned, and draw it", choices=["wavelets"])
+    args = p.parse_args()
+    if not args.start and args.input is None and not args.show:
+        p.error('say what to read: --start="some text", --start=FILE:name or --input=FILE')
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head is no error
+    if args.mixers_from:
+        register(args.mixers_from)
+    torch.manual_seed(args.seed)
+    model, tokenizer, meta = load_model(os.path.join(args.out_dir, args.ckpt), args.device)
+    arch = model.config.arch
+    if args.show:
+        return show_wavelets(model, os.path.join(args.out_dir, "wavelets.png"))
+    if args.temperature is None:
+        args.temperature = 0.8 if arch == "decoder" else 0.0
+    refuse_idle(p, args, arch)
+
+    lines = args.input is not None
+    if lines:
+        texts = read_text(args.input).replace("\r\n", "\n").split("\n")
+        if texts[-1] == "":  # the last line's own line end
+            texts.pop()
+    else:
+        is_file = args.start.startswith("FILE:") and "image" not in meta
+        texts = [read_text(args.start[5:]) if is_file else args.start] * args.num_samples
+    most, cut = model.config.block_size, 0
+    if arch == "encoder":
+        results, cut = classify(model, tokenizer, meta, texts, args.batch_size)
+    elif arch == "encdec":
+        most = most - 1  # and eos
+        if not lines:
+            texts = [" ".join(text.split()) for text in texts]
+        n = how_many(model, args.max_new_tokens, 1)
+        results, cut = translate(model, tokenizer, texts, args.beam, args.length_penalty, args.temperature,
+                                 args.top_k, args.batch_size, n, progress=lines)
+        results = [" ".join(result.splitlines()) for result in results]
+    else:
+        for text in texts:
+            ids = tokenizer.encode(text)
+            if "labels" in meta or not ids:  # windows of one long text begin anywhere
+                ids = [BOS] + ids
+            n, start = how_many(model, args.max_new_tokens, len(ids)), torch.tensor([ids], device=args.device)
+            ids = model.generate(start, n, None, args.temperature, args.top_k)[0]
+            print(tokenizer.decode(ids.tolist()), "---------------", sep="\n")
+        return
+    if cut:
+        print(f"{cut} of {len(texts)} inputs were longer than {most} tokens and were cut", file=sys.stderr)
+    if args.output is None:
+        return print("\n".join(results))
     try:
-        with replacing(path) as f:
-            f.writelines(line + "\n" for line in lines)
+        with replacing(args.output) as f:
+            f.writelines(line + "\n" for line in results)
     except OSError as e:
-        raise SystemExit(f"{path} cannot be written: {e.strerror}")
-
+        raise SystemExit(f"{args.output} cannot be written: {e.strerror}")
 
 if __name__ == "__main__":
     main()

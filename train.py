@@ -1,15 +1,15 @@
 """
 Train a wavelet encoder-decoder (or encoder, or decoder): one GPU, one CPU, or many under torchrun.
 
-    python train.py --mixer=wersa                                        # the default data set, minutes on a laptop
-    python train.py --dataset=multi30k --mixer=attention --out_dir=out-multi30k
-    python train.py --resume                                             # go on where out/ckpt.pt stopped
-    torchrun --standalone --nproc_per_node=4 train.py --mixer=haar       # 4 GPUs, or 4 CPU processes
-    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 ...   # and node_rank=1 on the other node
+    python train.py --mixer=wersa                                  # the default data set, minutes on a laptop
+    python train.py --dataset=multi30k --mixer=haar,haar,attention --out_dir=out-multi30k
+    python train.py --resume                                       # go on where out/ckpt.pt stopped
+    torchrun --standalone --nproc_per_node=4 train.py --mixer=haar # 4 GPUs, or 4 CPU processes
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 ... # node_rank=1 on the other
 
-A step is batch_size * gradient_accumulation_steps rows, however many processes share them: data order is a function of
-(seed, step) and dropout one of (seed, step, process), so a run may be killed, resumed, and resumed on another number of
-processes, where dropout alone is drawn anew. Nodes share --data_dir and --out_dir.
+A step is batch_size * gradient_accumulation_steps rows, however many processes share them. Data order is a
+function of (seed, step), dropout one of (seed, step, process), so a run may be killed and resumed, on another
+number of processes too, where dropout alone is drawn anew. Nodes share --data_dir and --out_dir.
 """
 
 import csv
@@ -22,7 +22,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import numpy as np
@@ -31,97 +31,127 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, prepare, read_ragged, replacing, stopped
-from sample import FORMAT, KINDS, build, collate, keep_freed_pages, load_checkpoint, there, translate
+from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, prepare, read_ragged
+from prepare_data import replacing, stopped
+from sample import FORMAT, KINDS, build, collate, keep_freed_pages, load_checkpoint, one_line, register, there
+from sample import translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
-    "gpu": dict(n_layer=4, n_head=8, n_embd=256, dropout=0.1, batch_size=256, learning_rate=1e-3, max_iters=3000, warmup_iters=300, eval_interval=500),
-    "lmwt-base": dict(mixer="haar", dataset="wmt16", n_layer=6, n_head=8, n_embd=512, dropout=0.1, batch_size=128, gradient_accumulation_steps=4,
-                      learning_rate=5e-4, max_iters=100000, warmup_iters=4000, eval_interval=2000),
-    "wersa-imdb": dict(mixer="wersa", dataset="imdb", arch="encoder", n_layer=2, n_head=4, n_embd=128, n_features=1024, dropout=0.1, block_size=1024, batch_size=32, max_iters=8000),
-    "wavspa-lra": dict(mixer="wavspa", arch="encoder", wavelet_params="ada", levels=2, n_layer=4, n_head=4, n_embd=128, dropout=0.1, batch_size=32, max_iters=10000),
+    "gpu": dict(n_layer=4, n_head=8, n_embd=256, dropout=0.1, batch_size=256, learning_rate=1e-3,
+                max_iters=3000, warmup_iters=300, eval_interval=500),
+    "lmwt-base": dict(dataset="wmt16", mixer="haar", undecimated="decoder", gate=False, n_layer=6, n_head=8,
+                      n_embd=512, dropout=0.1, batch_size=128, gradient_accumulation_steps=4,
+                      max_iters=100000, learning_rate=5e-4, warmup_iters=4000, eval_interval=2000),
+    "wersa-imdb": dict(dataset="imdb", arch="encoder", mixer="wersa", n_features=1024, gate=False, n_layer=2,
+                       n_head=4, n_embd=128, dropout=0.1, block_size=1024, batch_size=32, max_iters=8000),
+    "wavspa-lra": dict(arch="encoder", mixer="wavspa", wavelet="db2", wavelet_params="ada", levels=2,
+                       wavspa_shared=False, gate=False, n_layer=4, n_head=4, n_embd=128, dropout=0.1,
+                       batch_size=32, max_iters=10000),
 }
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}  # dense 16-bit FLOP/s
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12,
+        "T4": 65e12}  # dense 16-bit FLOP/s
 
-# -----------------------------------------------------------------------------
-# flags
-
+# ---- flags
 p = Parser(description=__doc__)
 p.section("what to train")
-p.add("--preset", default=None, choices=list(PRESETS), help="default: gpu on a GPU, laptop elsewhere")
-p.add("--dataset", default="numbers", help="a folder under --data_dir; made on first use where that needs no --source")
+p.add("--preset", choices=list(PRESETS), help="default: gpu on a GPU, laptop elsewhere")
+p.add("--dataset", help="a folder of --data_dir, made at first if it needs no --source", default="numbers")
 p.add("--data_dir", default="data", help="where prepare_data.py puts data sets")
-p.add("--out_dir", default="out", help="checkpoints, log.csv, config.json; an earlier run found there is moved aside")
-p.add("--resume", type=bool, default=False, help="go on from out_dir/ckpt.pt, with its settings; start anew where there is none")
-p.add("--leak", type=bool, default=False, help="allow a decoder with --haar_causal=literal, which reads its own labels")
+p.add("--out_dir", default="out", help="checkpoints, log.csv, config.json; moves an earlier run aside")
+p.add("--resume", bool, "go on from out_dir/ckpt.pt with its settings, or start anew", default=False)
+p.add("--mixers_from", help="a Python file that registers more mixers in model.MIXERS first")
+p.add("--leak", bool, "let haar with --undecimated=no read its own labels in a decoder", default=False)
 p.section("model (a data set sets arch, vocab_size, block_size, n_classes, pool)")
 comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(ModelConfig), re.M))
 for f in dataclasses.fields(ModelConfig):
-    p.add(f"--{f.name}", type=f.type, default=f.default, choices=CHOICES.get(f.name), help=comments.get(f.name, ""))
+    choices = None if f.name == "mixer" else CHOICES.get(f.name)  # of mixers, ModelConfig knows
+    p.add(f"--{f.name}", f.type, comments.get(f.name, ""), default=f.default, choices=choices)
 p.section("optimisation")
-p.add("--batch_size", type=int, default=64, low=1, high=2**31, help="rows of one forward pass")
-p.add("--gradient_accumulation_steps", type=int, default=1, low=1, high=2**31, help="forward passes per step, shared by all processes")
-p.add("--max_iters", type=int, default=800, low=0, high=2**40, help="optimiser steps in all")
-p.add("--learning_rate", type=float, default=2e-3, low=0, high=100)
-p.add("--min_lr", type=float, low=0, high=100, help="default: learning_rate / 20")
-p.add("--warmup_iters", type=int, default=100, low=0, high=2**40)
-p.add("--weight_decay", type=float, default=0.1, low=0, high=100)
-p.add("--beta1", type=float, default=0.9, low=0, high=0.999999)
-p.add("--beta2", type=float, default=0.98, low=0, high=0.999999)
-p.add("--grad_clip", type=float, default=1.0, low=0, high=1e9, help="0 = off")
+p.add("--batch_size", int, "rows of one forward pass", 1, 2**31, default=64)
+p.add("--gradient_accumulation_steps", int, "forward passes per step, of all processes", 1, 2**31, default=1)
+p.add("--max_iters", int, "optimiser steps in all", 0, 2**40, default=800)
+p.add("--learning_rate", float, "", 0, 100, default=2e-3)
+p.add("--min_lr", float, "default: learning_rate / 20", 0, 100)
+p.add("--warmup_iters", int, "", 0, 2**40, default=100)
+p.add("--weight_decay", float, "", 0, 100, default=0.1)
+p.add("--beta1", float, "", 0, 0.999999, default=0.9)
+p.add("--beta2", float, "", 0, 0.999999, default=0.98)
+p.add("--grad_clip", float, "0 = off", 0, 1e9, default=1.0)
 p.section("evaluation, log, machine")
-p.add("--eval_interval", type=int, default=200, low=1, high=2**40, help="steps between evaluations, each followed by a checkpoint")
-p.add("--eval_rows", type=int, default=1000, low=1, high=2**40, help="validation rows whose loss is taken")
-p.add("--metric_rows", type=int, default=200, low=1, high=2**40, help="validation rows that are decoded for exact match or BLEU")
-p.add("--eval_block_size", type=lambda s: s if s == "0" else ",".join(map(str, comma_separated(s))), help="test at this length too, or at several, joined by commas, on the split long where there is one; default: the longest of that split; 0 = do not")
-p.add("--beam", type=int, default=1, low=1, high=1000, help="beams of the last test; 1 = greedy")
-p.add("--log_interval", type=int, default=10, low=1, high=2**40)
-p.add("--seed", type=int, default=1337, low=0, high=2**63 - 1)
-p.add("--device", default="auto", type=lambda name: name if name == "auto" else there(name), help="auto, cpu, cuda, cuda:1, mps")
-p.add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: 16 bits on CUDA, 32 elsewhere")
-p.add("--dist_timeout", type=float, default=600, low=1, high=1e6, help="seconds that a process waits for the others before it gives up")
-p.add("--compile", type=bool, default=None, help="torch.compile; default: on for CUDA, off elsewhere")
+p.add("--eval_interval", int, "steps between evaluations, which end in a checkpoint", 1, 2**40, default=200)
+p.add("--eval_rows", int, "validation rows whose loss is taken", 1, 2**40, default=1000)
+p.add("--metric_rows", int, "validation rows that are decoded for exact match or BLEU", 1, 2**40, default=200)
+p.add("--eval_block_size", lambda s: s if s == "0" else ",".join(map(str, comma_separated(s))),
+      "test at these lengths too, on the split long if there is one; default: its longest; 0 = do not")
+p.add("--beam", int, "beams of the last test; 1 = greedy", 1, 1000, default=1)
+p.add("--log_interval", int, "", 1, 2**40, default=10)
+p.add("--seed", int, "", 0, 2**63 - 1, default=1337)
+p.add("--device", lambda s: s if s == "auto" else there(s), "auto, cpu, cuda, cuda:1, mps", default="auto")
+p.add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: half on CUDA")
+p.add("--dist_timeout", float, "seconds that a process waits for the others", 1, 1e6, default=600)
+p.add("--compile", bool, "torch.compile; default: on for CUDA, off elsewhere")
 args = p.parse_args()
 given = p.given  # the flags that were really typed
+if args.mixers_from:
+    register(args.mixers_from)
 
-# -----------------------------------------------------------------------------
-# processes, device, dtype
+def idle(cfg, names):
+    """A sentence about the first of names, typed flags, that changes nothing in a model of cfg, or None."""
+    layers = [cfg.of_layer(i) for i in range(cfg.n_layer)]
+    mixers = {layer.mixer for layer in layers}
+    if not mixers <= {"attention", "haar", "wavspa", "wersa", "fourier"}:
+        mixers = set()  # a mixer of the user's own may look at anything
+    used = mixers | {cfg.inner} if "wavspa" in mixers else mixers
+    wavelets = [layer for layer in layers if layer.mixer in ("haar", "wavspa", "wersa")]
+    bands = any(layer.n_levels > 0 for layer in wavelets)
+    crosses = {layer.cross_kind for layer in layers} if cfg.arch == "encdec" else set()
+    for flags, works, need in (
+            ("window", "attention" in used, "attention, as a mixer or in wavspa"),
+            ("levels", wavelets or crosses & {"aligned", "place"}, "haar, wavspa, wersa or an aligned cross"),
+            ("wavelet wavelet_params undecimated", bands, "haar, wavspa or wersa, with --levels"),
+            ("inner wavspa_shared", "wavspa" in mixers, "--mixer=wavspa"),
+            ("n_features feature_map", "wersa" in used | crosses, "wersa, as a mixer, in wavspa or as cross"),
+            ("cross cross_ratio", cfg.arch == "encdec", "--arch=encdec"),
+            ("pool n_classes", cfg.arch == "encoder", "--arch=encoder")):
+        for name in flags.split():
+            if name in names and not works and (mixers or "--arch" in need):
+                return f"--{name} changes nothing in this model, it needs {need}: leave it out"
 
-world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+# ---- processes, device, dtype
+world = int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK", 0))
 master = rank == 0
 
+def say(*a):
+    if master:
+        print(*a, flush=True)
 
 def stop(sentence, code=1):
     if master:
         print(sentence, file=sys.stderr)
     sys.exit(code)
 
-
 def unforeseen(kind, e, trace):
     """What to say instead of a traceback where the cause lies outside."""
-    said = " ".join(str(e).split())
-    if world > 1 and kind is not KeyboardInterrupt and re.search("(?i)gloo|nccl|peer|timed? ?out|socket|store", said):
-        print(f"process {rank} of {world} has lost the others ({said[:150]}): see what the first of them said, then go on with --resume", file=sys.stderr)
-    elif "memory" in said and issubclass(kind, (MemoryError, RuntimeError)):
-        print(f"out of memory ({said[:150]}): lower --batch_size and raise --gradient_accumulation_steps by the same factor, or take a smaller model", file=sys.stderr)
+    outside, full = issubclass(kind, (RuntimeError, OSError)), "out of memory|can't allocate memory"
+    if world > 1 and outside and re.search("(?i)gloo|nccl|peer|timed? ?out|socket|store", str(e)):
+        print(f"process {rank} of {world} has lost the others ({one_line(e)}): see what the first of them "
+              "said, then --resume", file=sys.stderr)
+    elif issubclass(kind, MemoryError) or outside and re.search(full, str(e)):
+        print(f"out of memory ({one_line(e)}): lower --batch_size and raise --gradient_accumulation_steps by "
+              "the same factor, or take a smaller model", file=sys.stderr)
     else:
         stopped(kind, e, trace)
-    os._exit(1) if world > 1 else None                         # a process group that is broken must not wait at its end
-
+    if world > 1:
+        os._exit(1)  # a broken process group must not wait at its end
 
 sys.excepthook = unforeseen
-
-
-def say(*a):
-    if master:
-        print(*a, flush=True)
-
-
-auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-device = auto if args.device == "auto" else args.device
+device = args.device
+if device == "auto":
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 if device == "cuda" and world > 1:
-    device = f"cuda:{local_rank}"
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
 device_type = device.split(":")[0]
 if device_type == "cpu":
     keep_freed_pages()
@@ -129,24 +159,29 @@ if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
 if world > 1:
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=args.dist_timeout))
-    sys.excepthook = unforeseen                                # torch's own holds back what is said, until an end that never comes
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
+    sys.excepthook = unforeseen  # torch's own holds back what is said, for good
 
+# ---- settings: what was typed, what the checkpoint, the preset and the data set say
 out = os.path.normpath(args.out_dir)
-ckpt_path, best_path, log_path = (os.path.join(out, name) for name in ("ckpt.pt", "best.pt", "log.csv"))
+ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
+best_path = os.path.join(out, "best.pt")  # the lowest validation loss
+log_path = os.path.join(out, "log.csv")
+COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
+ckpt, kept = None, {}
 if args.resume and not os.path.exists(ckpt_path):
     say(f"{ckpt_path} does not exist: starting anew")
-    args.resume = False
-ckpt = load_checkpoint(ckpt_path, kinds=KINDS | dict(optimizer=dict, scaler=dict, config=dict, evaluated=bool, seconds=float, log_bytes=int, skipped=int, in_a_row=int)) if args.resume else None
-kept = {}
-if ckpt:                                                       # read as if typed, so that a stranger's file can bring nothing that no flag takes
+elif args.resume:
+    kinds = KINDS | dict(optimizer=dict, scaler=dict, config=dict, log_bytes=int)
+    ckpt = load_checkpoint(ckpt_path, kinds=kinds | {name: type(value) for name, value in COUNTERS.items()})
+    # read as if typed, so that a stranger's file can bring nothing that no flag takes
     p.parse_args([f"--{k}={v}" for k, v in ckpt["config"].items() if v is not None and k not in given])
     kept = p.given
-preset = given.get("preset") or kept.get("preset", "gpu" if device_type == "cuda" else "laptop")
+    if "mixers_from" in kept:  # and no file is run that was not asked for
+        stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
+preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
 settings = {**vars(args), **PRESETS[preset], **kept, **given, "preset": preset}
-
-# -----------------------------------------------------------------------------
-# data
 
 if not settings["dataset"].replace("-", "").replace("_", "").isalnum():
     stop(f"--dataset={settings['dataset']} must be the plain name of a folder in --data_dir")
@@ -156,7 +191,8 @@ if master and not os.path.exists(os.path.join(folder, "meta.json")):
 if world > 1:
     dist.barrier()
 meta = load_meta(folder)
-from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta} | {"cross_ratio": meta.get("ratio", 1.0), "pad_id": PAD}
+from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta}
+from_data.update(cross_ratio=meta.get("ratio", 1.0), pad_id=PAD)
 for k, v in from_data.items():
     if k in ("vocab_size", "n_classes", "pad_id") and given.get(k, v) != v:
         stop(f"--{k}={given[k]} is {v} in {settings['dataset']}: leave it out", 2)
@@ -168,181 +204,258 @@ try:
 except ValueError as e:
     stop(e, 2)
 if ckpt:
-    old, new = ckpt["model_args"], dataclasses.asdict(model_cfg)
-    changed = [f"{k}: {old.get(k)} in the checkpoint, {new[k]} now" for k in new if k not in ("dropout", "label_smoothing") and old.get(k) != new[k]]
-    if [ckpt["meta"].get(k) for k in ("files", "tokenizer")] != [meta[k] for k in ("files", "tokenizer")]:
-        stop(f"{folder} is not the data set that this run began with: prepare that one again, or start a new run with --out_dir")
+    if any(ckpt["meta"].get(k) != meta[k] for k in ("files", "tokenizer")):
+        stop(f"{folder} is not the data set of this run: bring that back, or take another --out_dir")
+    old, changed = ckpt["model_args"], []
+    for k, new in dataclasses.asdict(model_cfg).items():
+        if k not in ("dropout", "label_smoothing") and old.get(k) != new:
+            changed.append(f"{k}: {old.get(k)} in the checkpoint, {new} now")
     if changed:
-        stop(f"--resume cannot change the model ({'; '.join(changed)}): leave these flags out, or start a new run with --out_dir")
-if cfg.arch != "encoder" and cfg.mixer == "haar" and cfg.haar_causal == "literal" and not cfg.leak:
-    stop("--haar_causal=literal leaks: each position sees the rest of its block, its own label included, so its loss means nothing; "
-         "use atrous or partial, or --leak to train it all the same")
+        stop(f"--resume cannot change the model ({'; '.join(changed)}): take another --out_dir for that")
 if cfg.arch != meta["arch"]:
-    stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is made for --arch={meta['arch']}: choose another --dataset, or leave --arch out")
-step_rows, T_max = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.block_size
+    stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is for {meta['arch']}: leave it out")
+if idle(model_cfg, given):
+    stop(idle(model_cfg, given), 2)
+layers = [model_cfg.of_layer(i) for i in range(cfg.n_layer)]
+literal = any(c.mixer == "haar" and c.n_levels > 0 and not c.is_undecimated(causal=True) for c in layers)
+if literal and cfg.arch != "encoder" and not cfg.leak:
+    stop("--undecimated=no leaks in a decoder: each position sees the rest of its block, its own label too; "
+         "--undecimated=decoder has the paper's encoder and a sound decoder, --leak trains it all the same")
+step_rows = cfg.batch_size * cfg.gradient_accumulation_steps
 if step_rows % world:
-    stop(f"--batch_size={cfg.batch_size} * --gradient_accumulation_steps={cfg.gradient_accumulation_steps} rows cannot be shared by {world} processes", 2)
+    stop(f"{world} processes cannot share --batch_size * --gradient_accumulation_steps = {step_rows} rows", 2)
 micro_steps = -(-step_rows // (world * cfg.batch_size))
-tokenizer = Tokenizer(meta["tokenizer"])
-ragged = cfg.arch == "encdec" or "labels" in meta             # rows; else one long text
 
+# ---- data
+tokenizer = Tokenizer(meta["tokenizer"])
+labels = meta.get("labels")  # row, token, or None
+T_max = cfg.block_size
 
 class Rows:
-    """Sentence pairs, or rows with labels, of one split, cut to T tokens, and an order that is a function of (seed, step)."""
+    """Sentence pairs, or rows with labels, of one split, each cut to T tokens."""
 
-    def __init__(self, split, T=T_max):
-        self.sides = [read_ragged(folder, f"{split}.{side}", meta["dtype"], cfg.vocab_size) for side in (("src", "tgt") if cfg.arch == "encdec" else ("src",))]
-        room = T - (cfg.arch != "encoder")                     # for bos or eos
-        self.lengths = [np.minimum(np.diff(idx), room) for _, idx in self.sides]
-        self.cut = int(sum(np.diff(idx) > room for _, idx in self.sides).astype(bool).sum())
-        of = lambda name: np.memmap(os.path.join(folder, f"{split}.{name}.bin"), dtype=np.int32, mode="r")
-        self.labels, self.groups = of("label") if "labels" in meta else None, of("group") if "groups" in meta else None
-        if self.labels is not None and not -1 <= self.labels.min() <= self.labels.max() < (cfg.n_classes if cfg.arch == "encoder" else cfg.vocab_size):
-            stop(f"{folder}/{split}.label.bin has the label {self.labels.max()}, beyond the {cfg.n_classes} classes: prepare the data set again")
-        self.asked = self.lengths[-1] + 1 if self.labels is None else np.ones(len(self), dtype=int)     # targets of each row
-        if meta.get("labels") == "token":
+    def __init__(self, split, T):
+        sides = ("src", "tgt") if cfg.arch == "encdec" else ("src",)
+        self.sides = [read_ragged(folder, f"{split}.{side}", meta["dtype"], cfg.vocab_size) for side in sides]
+        whole = [np.diff(begin) for _, begin in self.sides]
+        room = T - (cfg.arch != "encoder")  # for bos or eos
+        self.T = T
+        self.lengths = [np.minimum(n, room) for n in whole]
+        self.cut = int((np.maximum(whole[0], whole[-1]) > room).sum())
+        self.labels = self.values(split, "label") if labels else None
+        self.groups = self.values(split, "group") if "groups" in meta else None
+        if labels is None:  # targets of each row
+            self.asked = self.lengths[-1] + 1
+        elif labels == "row":
+            self.asked = np.ones(len(self), dtype=int)
+        else:
             before, begin = np.r_[0, np.cumsum(self.labels >= 0)], self.sides[0][1][:-1]
             self.asked = before[begin + self.lengths[0]] - before[begin]
-            if not self.asked.all():
-                stop(f"--block_size={T} cuts {(self.asked == 0).sum()} {split} rows of {cfg.dataset} so short that nothing is asked in them: raise it")
-        self.epoch, self.plan = None, None
+        if not self.asked.all():
+            n = (self.asked == 0).sum()
+            stop(f"--block_size={T} cuts {n} {split} rows before anything is asked in them: raise it")
+        most = cfg.n_classes if cfg.arch == "encoder" else cfg.vocab_size
+        if labels and not -1 <= self.labels.min() <= self.labels.max() < most:
+            stop(f"{folder}/{split}.label.bin has labels beyond the {most} known: prepare the data set again")
+        self.epoch = None
+
+    def values(self, split, name):
+        return np.memmap(os.path.join(folder, f"{split}.{name}.bin"), dtype=np.int32, mode="r")
 
     def __len__(self):
         return len(self.lengths[0])
 
+    def first(self, limit):
+        return np.arange(min(limit, len(self)))
+
     def at(self, step):
-        """The rows of a step: a shuffled epoch, cut in pools that are sorted by length, cut in batches, shuffled."""
-        if len(self) < step_rows:
-            stop(f"{cfg.dataset} has {len(self)} training rows, a step takes {step_rows}: lower --batch_size or --gradient_accumulation_steps", 2)
-        epoch, i = divmod(step, len(self) // step_rows)
+        """The rows of a step: a shuffled epoch, in pools sorted by length, cut in batches, shuffled."""
+        per_epoch, pool = len(self) // step_rows, 50 * step_rows
+        if per_epoch == 0:
+            stop(f"a step takes {step_rows} rows, {cfg.dataset} has {len(self)}: lower --batch_size", 2)
+        epoch, i = divmod(step, per_epoch)
         if epoch != self.epoch:
             rng = np.random.default_rng([cfg.seed, epoch])
-            order = rng.permutation(len(self))[:len(self) // step_rows * step_rows]
-            pools = [pool[np.lexsort([n[pool] for n in self.lengths])] for pool in np.split(order, range(50 * step_rows, len(order), 50 * step_rows))]
-            self.epoch, self.plan = epoch, rng.permutation(np.concatenate(pools).reshape(-1, step_rows))
+            order = rng.permutation(len(self))[:per_epoch * step_rows]
+            for start in range(0, len(order), pool):
+                rows = order[start:start + pool]
+                order[start:start + pool] = rows[np.lexsort([n[rows] for n in self.lengths])]
+            self.epoch, self.plan = epoch, rng.permutation(order.reshape(-1, step_rows))
         return self.plan[i]
+
+    def cut_out(self, rows, values, side=0):
+        begin, n = self.sides[side][1], self.lengths[side]
+        return [values[begin[r]:begin[r] + n[r]] for r in rows]
 
     def batch(self, rows):
         """-> (idx, targets, src) or (idx, targets), padded at their ends, and how many targets count."""
-        texts = [[tokens[idx[r]:idx[r] + n[r]] for r in rows] for (tokens, idx), n in zip(self.sides, self.lengths)]
-        if self.labels is not None:
-            return (collate(texts[0], head=[BOS] * (cfg.arch == "decoder")), self.beside(rows, self.labels)), self.weight(rows)
-        src, tgt = texts
-        return (collate(tgt, head=[BOS]), collate(tgt, tail=[EOS]), collate(src, tail=[EOS])), self.weight(rows)
+        src = self.cut_out(rows, self.sides[0][0])
+        if labels:
+            head = [BOS] if cfg.arch == "decoder" else []
+            return (collate(src, head, most=self.T), self.beside(rows, self.labels)), self.weight(rows)
+        tgt = self.cut_out(rows, self.sides[1][0], side=1)
+        idx = collate(tgt, head=[BOS], most=self.T)
+        targets = collate(tgt, tail=[EOS], most=self.T)
+        return (idx, targets, collate(src, tail=[EOS], most=self.T)), self.weight(rows)
 
     def beside(self, rows, values):
         """Labels or groups of rows: (B,), or (B, T) beside the tokens, -1 where there is none."""
-        if meta["labels"] == "row":
+        if labels == "row":
             return torch.from_numpy(values[rows].astype(np.int64))
-        (_, idx), n = self.sides[0], self.lengths[0]
-        return collate([values[idx[r]:idx[r] + n[r]] for r in rows], head=[-1] * (cfg.arch == "decoder"), fill=-1)
+        head = [-1] if cfg.arch == "decoder" else []
+        return collate(self.cut_out(rows, values), head, fill=-1, most=self.T)
 
     def weight(self, rows=slice(None)):
         return int(self.asked[rows].sum())
 
-
 class Stream:
-    """One long text: training windows of T tokens anywhere, drawn by (seed, step); evaluation windows side by side."""
+    """One long text: training windows of T tokens anywhere, evaluation windows side by side."""
 
     cut, groups = 0, None
 
-    def __init__(self, split, T=T_max):
-        self.tokens, self.T = read_ragged(folder, split, meta["dtype"], cfg.vocab_size)[0], T
-        self.starts = np.arange(0, len(self.tokens) - 1, T)
+    def __init__(self, split, T):
+        self.T = T
+        self.tokens, _ = read_ragged(folder, split, meta["dtype"], cfg.vocab_size)
+        self.lengths = [np.full(len(self), T)]
         if len(self.tokens) <= T:
-            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --{'' if T == T_max else 'eval_'}block_size={T}: lower it, or bring more text")
+            flag = "block_size" if T == T_max else "eval_block_size"
+            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --{flag}={T}: lower it")
 
     def __len__(self):
-        return len(self.starts)
+        return -(-(len(self.tokens) - 1) // self.T)
+
+    def first(self, limit):
+        return self.T * np.arange(min(limit, len(self)))
 
     def at(self, step):
         return np.random.default_rng([cfg.seed, step]).integers(0, len(self.tokens) - self.T, step_rows)
 
     def batch(self, starts):
         rows = [self.tokens[s:s + self.T + 1] for s in starts]
-        return (collate([r[:-1] for r in rows]), collate([r[1:] for r in rows])), sum(len(r) - 1 for r in rows)
+        idx = collate([row[:-1] for row in rows], most=self.T)
+        return (idx, collate([row[1:] for row in rows], most=self.T)), self.weight(starts)
 
     def weight(self, starts):
-        return sum(min(self.T, len(self.tokens) - 1 - s) for s in starts)
+        return int(np.minimum(self.T, len(self.tokens) - 1 - starts).sum())
 
-
-Data = Rows if ragged else Stream
-splits = {s: Data(s) for s in ("train", "val", "test")}
-far = "long" if "long" in meta["splits"] else "test"           # what is measured at --eval_block_size
-if cfg.eval_block_size is None:
-    Ts_far = [int(np.max(meta["splits"]["long"]["longest"])) + 1] if far == "long" else []
-else:
-    Ts_far = [] if cfg.eval_block_size == "0" else comma_separated(cfg.eval_block_size)
-beyond = {T: Data(far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}       # what is missing there is told now
+Data = Rows if cfg.arch == "encdec" or labels else Stream
+splits = {split: Data(split, T_max) for split in ("train", "val", "test")}
 train = splits["train"]
-average = step_rows * (train.weight() / len(train) if ragged else T_max)     # targets in a step
-
+far = "long" if "long" in meta["splits"] else "test"  # what is measured at --eval_block_size
+if cfg.eval_block_size is not None:
+    Ts_far = [] if cfg.eval_block_size == "0" else comma_separated(cfg.eval_block_size)
+else:
+    Ts_far = [int(np.max(meta["splits"]["long"]["longest"])) + 1] if far == "long" else []
+# read before training, so that what is missing there is told now
+beyond = {T: Data(far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}
+average = step_rows * (train.weight() / len(train) if Data is Rows else T_max)  # targets in a step
 
 def to_device(tensors):
     if device_type == "cuda":
         return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
     return [t.to(device) for t in tensors]
 
-
 def micro_batches(step):
-    """This process's share of a step, built on the host: [(tensors, share of the step's targets)], and how the step's
-    targets compare with an average step's: a batch of short rows counts for less, as each target counts the same."""
+    """This process's part of a step, built on the host: [(tensors, share of the step's targets)], and how its
+    targets compare with an average step's: short rows count for less, as all targets count the same."""
     rows = train.at(step)
-    total = train.weight(rows)
-    return [(to_device(t), n / total) for t, n in map(train.batch, np.array_split(rows[rank::world], micro_steps))], total / average
+    total, batches = train.weight(rows), []
+    for part in np.array_split(rows[rank::world], micro_steps):
+        tensors, n = train.batch(part)
+        batches.append((to_device(tensors), n / total))
+    return batches, total / average
 
-
-# -----------------------------------------------------------------------------
-# model and optimiser
-
+# ---- model and optimiser
 torch.manual_seed(cfg.seed)
-model = (build(ckpt_path, ckpt, model_cfg) if ckpt else WaveletTransformer(model_cfg)).to(device)
-optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device_type)
-configured = [dict(group) for group in optimizer.param_groups]
+model = build(ckpt_path, ckpt, model_cfg) if ckpt else WaveletTransformer(model_cfg)
+model.to(device)
+betas = (cfg.beta1, cfg.beta2)
+optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
 dtype = cfg.dtype
-if dtype == "auto":
-    dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+if dtype == "auto" and device_type == "cuda":
+    dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+elif dtype == "auto":
+    dtype = "float32"
 autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-iter_num, best_loss, seconds, evaluated, skipped, in_a_row = 0, math.inf, 0.0, False, 0, 0
+iter_num, best_loss, seconds, evaluated, skipped, in_a_row = ((ckpt or COUNTERS)[name] for name in COUNTERS)
 if ckpt:
-    iter_num, best_loss, seconds, evaluated, skipped, in_a_row = (ckpt[k] for k in ("iter_num", "best_loss", "seconds", "evaluated", "skipped", "in_a_row"))
+    configured = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(ckpt["optimizer"])
-        if scaler.is_enabled() and ckpt["scaler"]:             # a run that comes from a CPU has none
+        if scaler.is_enabled() and ckpt["scaler"]:  # a run that comes from a CPU has none
             scaler.load_state_dict(ckpt["scaler"])
         for group, fresh in zip(optimizer.param_groups, configured):
             group.update({k: v for k, v in fresh.items() if k != "params"})
-        assert all(v.shape == q.shape for q in optimizer.state for k, v in optimizer.state[q].items() if k != "step")
-    except Exception:                                          # as many as there are ways to be no optimiser
+        for q, moments in optimizer.state.items():
+            assert all(v.shape == q.shape for k, v in moments.items() if k != "step")
+    except Exception:  # as many as there are ways to be no optimiser
         stop(f"{ckpt_path} has an optimiser that is not this model's: restore it from a copy, or train again")
+net = model
 compiled = device_type == "cuda" if cfg.compile is None else cfg.compile
-net = torch.compile(model) if compiled else model
-if world > 1:                                                  # sorted wavspa leaves out bands that short rows have nothing in
-    net = DDP(net, device_ids=[local_rank] if device_type == "cuda" else None, find_unused_parameters=cfg.mixer == "wavspa" and cfg.wavspa_causal == "sorted")
-    dist.all_gather_object(steps := [None] * world, iter_num)
+why = f"default for {device_type}" if cfg.compile is None else "as asked"
+if compiled:
+    try:  # something small shows whether there is a compiler
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda x: x.sin().sum())(x).backward()
+        net = torch.compile(model, dynamic=True)  # one graph for all lengths
+    except Exception as e:
+        compiled, why = False, "no compiler"
+        say(f"no compiler works here ({one_line(e)}): going on without, as --compile=False does at once")
+if world > 1:
+    net = DDP(net, device_ids=[device] if device_type == "cuda" else None)
+    steps = [None] * world
+    dist.all_gather_object(steps, iter_num)
     if len(set(steps)) > 1:
-        stop(f"the processes are at different steps ({', '.join(map(str, sorted(set(steps))))}): --out_dir={out} must be one folder that all nodes see")
+        steps = ", ".join(map(str, sorted(set(steps))))
+        stop(f"the processes are at different steps ({steps}): --out_dir={out} must be one folder for all")
 
-n_params, n_mix, n_emb = model.num_params(), model.num_params("mixer") + model.num_params("cross"), model.num_params("wte") + model.num_params("wpe")
-tokens_per_row = [float(np.mean(n)) for n in train.lengths] if ragged else [T_max]
+machine = torch.cuda.get_device_name() if device_type == "cuda" else f"{torch.get_num_threads()} threads"
+peak = None  # an unknown GPU shows no MFU
+if device_type == "cuda" and dtype != "float32":
+    peak = next((flops for name, flops in PEAK.items() if name in machine), None)
+tokens_per_row = [float(np.mean(n)) for n in train.lengths]
 tokens_per_step = int(step_rows * sum(tokens_per_row))
-flops_per_token = model.flops_per_token(tokens_per_row[-1])
-peak = next((v for k, v in PEAK.items() if device_type == "cuda" and dtype != "float32" and k in torch.cuda.get_device_name()), None)
-say(f"device       {device}" + (f" ({torch.cuda.get_device_name()})" if device_type == "cuda" else f" ({torch.get_num_threads()} threads)") + f", {world} process{'es' * (world > 1)}")
-say(f"dtype        {dtype}" + (" (autocast)" if dtype != "float32" else "") + f", compile {'on' if compiled else 'off'} ({'as asked' if cfg.compile is not None else 'default for ' + device_type})")
-say(f"data         {cfg.dataset}: " + ", ".join(f"{len(d):,} {s}" for s, d in splits.items()) + {"encdec": " pairs", "encoder": " rows", "decoder": " windows"}[cfg.arch] + f", vocabulary {cfg.vocab_size:,}, block {T_max}")
-cut = ", ".join(f"{d.cut:,} of {len(d):,} {s}" for s, d in splits.items() if d.cut)
+n_params, n_mix = model.num_params(), model.num_params("mixer") + model.num_params("cross")
+n_emb = model.num_params("wte") + model.num_params("wpe")
+# forward and backward: 6 a weight, of which a token of encdec meets about half, and what attention adds
+weights = n_params - n_emb * (cfg.arch == "encoder")
+flops_per_token = 6 * weights / len(tokens_per_row)
+flops_per_token += 12 * cfg.n_embd * tokens_per_row[-1] * sum(c.mixer == "attention" for c in layers)
+kind = f"{cfg.arch}, {cfg.mixer}"
+if cfg.arch == "encdec":
+    crosses = ",".join(dict.fromkeys(c.cross_kind for c in layers))
+    kind += f", cross {crosses}" + " (auto)" * (cfg.cross == "auto")
+unit = {"encdec": "pairs", "encoder": "rows", "decoder": "windows"}[cfg.arch]
+sizes = ", ".join(f"{len(data):,} {split}" for split, data in splits.items())
+cut = ", ".join(f"{data.cut:,} of {len(data):,} {split}" for split, data in splits.items() if data.cut)
+say(f"device       {device} ({machine}), {world} process{'es' * (world > 1)}")
+half = " (autocast)" * (dtype != "float32")
+say(f"dtype        {dtype}{half}, compile {'on' if compiled else 'off'} ({why})")
+say(f"data         {cfg.dataset}: {sizes} {unit}, vocabulary {cfg.vocab_size:,}, block {T_max}")
 if cut:
     say(f"             rows longer than --block_size={T_max}, cut: {cut}")
-say(f"model        {cfg.arch}, {cfg.mixer}" + (f", cross {cfg.cross}" if cfg.arch == "encdec" else "") + f": {n_params:,} parameters ({n_mix:,} in mixers, {n_emb:,} in embeddings)")
+say(f"model        {kind}: {n_params:,} parameters ({n_mix:,} in mixers, {n_emb:,} in embeddings)")
 for group, name in zip(optimizer.param_groups, ("decay", "no decay")):
-    say(f"optimiser    {name}: {len(group['params'])} tensors, {sum(q.numel() for q in group['params']):,} parameters")
-say(f"step         {cfg.batch_size} rows * {cfg.gradient_accumulation_steps} = {step_rows} rows, about {tokens_per_step:,} tokens, {flops_per_token / 1e6:.1f} MFLOP a token")
+    n = sum(q.numel() for q in group["params"])
+    say(f"optimiser    {name}: {len(group['params'])} tensors, {n:,} parameters")
+say(f"step         {cfg.batch_size} rows * {cfg.gradient_accumulation_steps} = {step_rows} rows, about "
+    f"{tokens_per_step:,} tokens, {flops_per_token / 1e6:.1f} MFLOP a token")
 
-# -----------------------------------------------------------------------------
-# evaluation, checkpoints, log
+# ---- evaluation
+caught = []  # signals
 
+def on_signal(number, frame):
+    if caught and world == 1:  # the second Ctrl-C means now; torchrun sends several
+        sys.exit(128 + number)
+    caught.append(number)
+
+def heed(stopping=False):
+    """Where a signal came and all is saved: exit with its number, on which a scheduler can start anew. An
+    evaluation is not waited for, as it can be repeated."""
+    if caught or stopping:
+        number = caught[0] if caught else signal.SIGTERM
+        stop(f"stopped after step {iter_num}, saved: go on with --resume", 128 + number)
 
 def total_over_ranks(*values):
     """Sum floats over all processes."""
@@ -351,139 +464,128 @@ def total_over_ranks(*values):
         dist.all_reduce(t)
     return t.tolist()
 
-
-def roc_auc(score, positive):
-    """Area under the ROC curve, the chance that a positive row scores above a negative one, ties counting half."""
-    _, at, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank, n = (np.cumsum(count) - (count - 1) / 2)[at], positive.sum()
-    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
-
-
 def from_all_ranks(mine):
     """The values of rows that were dealt out by [rank::world], in their order."""
     parts = [mine]
     if world > 1:
-        dist.all_gather_object(parts := [None] * world, mine)
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
     out = [None] * sum(map(len, parts))
     for r, part in enumerate(parts):
         out[r::world] = part
     return out
 
-
-class Interrupted(Exception):
-    """A signal during an evaluation, which is not waited for: it can be repeated."""
-
-
-def heed():
-    if caught:
-        raise Interrupted
-
-
-caught = []                                                    # signals
-
+def roc_auc(score, positive):
+    """Area under the ROC curve: the chance that a positive row scores above a negative one, a tie is half."""
+    _, at, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[at]
+    n = positive.sum()
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
 
 @torch.no_grad()
 def evaluate(data, limit):
-    """The first rows of a split, the same each time, shared by all processes -> loss (mean per target), accuracy (of the
-    likeliest answers), groups (the same for each group of targets), auc (of row labels, mean over classes)."""
+    """The first rows of a split, the same each time, shared by all processes -> loss (mean per target),
+    accuracy (of the likeliest answers), groups (the same by group), auc (of row labels, mean over classes)."""
     model.eval()
-    most = int(data.groups.max()) + 1 if data.groups is not None else 0
-    total, count, right, asked, probs, labels = 0.0, 0, np.zeros(most + 1), np.zeros(most + 1), [], []
-    rows = np.arange(min(limit, len(data)))[rank::world] if ragged else data.starts[:limit][rank::world]
-    for i in range(0, len(rows), cfg.batch_size):
+    n_groups = 1 if data.groups is None else int(data.groups.max()) + 1
+    total, right, asked = 0.0, np.zeros(n_groups), np.zeros(n_groups)
+    probs, answers = [], []
+    mine = data.first(limit)[rank::world]
+    for start in range(0, len(mine), cfg.batch_size):
         heed()
-        chunk = rows[i:i + cfg.batch_size]
-        tensors, n = data.batch(chunk)
-        tensors = to_device(tensors)
+        rows = mine[start:start + cfg.batch_size]
+        tensors, n = data.batch(rows)
+        targets = tensors[1]
         with autocast:
-            logits, loss = model(*tensors)
-        total, count, targets = total + loss.item() * n, count + n, tensors[1].cpu()
-        counted = targets >= 0 if "labels" in meta else targets != PAD
-        group = data.beside(chunk, data.groups)[counted] if most else torch.full((int(counted.sum()),), most)
-        hit = logits.argmax(-1).cpu()[counted] == targets[counted]
-        right, asked = right + np.bincount(group, hit, most + 1), asked + np.bincount(group, minlength=most + 1)
-        if meta.get("labels") == "row":
-            probs, labels = probs + list(logits.float().softmax(-1).cpu().numpy()), labels + targets.tolist()
+            logits, loss = model(*to_device(tensors))
+        total += loss.item() * n
+        counted = targets >= 0 if labels else targets != PAD
+        hit = (logits.argmax(-1).cpu() == targets)[counted]
+        group = torch.zeros_like(targets) if data.groups is None else data.beside(rows, data.groups)
+        right += np.bincount(group[counted], hit, n_groups)
+        asked += np.bincount(group[counted], minlength=n_groups)
+        if labels == "row":
+            probs += list(logits.float().softmax(-1).cpu().numpy())
+            answers += targets.tolist()
     model.train()
-    total, count, *both = total_over_ranks(total, count, *right, *asked)
-    right, asked = both[:most + 1], both[most + 1:]
-    result = dict(loss=total / count, accuracy=sum(right) / sum(asked))
-    if most:
-        result["groups"] = {g: right[g] / asked[g] for g in range(most) if asked[g]}
-    if meta.get("labels") == "row":
-        probs, labels = np.array(from_all_ranks(probs)), np.array(from_all_ranks(labels))
-        present = [c for c in range(probs.shape[1]) if 0 < (labels == c).sum() < len(labels)][-1 if probs.shape[1] == 2 else 0:]
-        result["auc"] = float(np.mean([roc_auc(probs[:, c], labels == c) for c in present])) if present else None
-    if meta["metric"] == "bleu" and (result["loss"] < math.log(3.5) or result["accuracy"] > 0.75):
-        say(f"warning: perplexity {math.exp(result['loss']):.2f}, token accuracy {result['accuracy']:.2f} with the true words before each: on real text "
-            "this is a leak, not a breakthrough (a mixer that sees its own label, test rows in training), unless the rows are very regular")
-    return result
-
+    total, *sums = total_over_ranks(total, *right, *asked)
+    right, asked = sums[:n_groups], sums[n_groups:]
+    found = dict(loss=total / sum(asked), accuracy=sum(right) / sum(asked))
+    if data.groups is not None:
+        found["groups"] = {g: right[g] / asked[g] for g in range(n_groups) if asked[g]}
+    if labels == "row":
+        probs, answers = np.array(from_all_ranks(probs)), np.array(from_all_ranks(answers))
+        classes = [c for c in range(probs.shape[1]) if 0 < (answers == c).sum() < len(answers)]
+        classes = classes[-1:] if probs.shape[1] == 2 else classes
+        aucs = [roc_auc(probs[:, c], answers == c) for c in classes]
+        found["auc"] = sum(aucs) / len(aucs) if aucs else None
+    if meta["metric"] == "bleu" and (found["loss"] < math.log(3.5) or found["accuracy"] > 0.75):
+        say(f"warning: perplexity {math.exp(found['loss']):.2f}, token accuracy {found['accuracy']:.2f} with "
+            "the true words before each: on real text this is a leak, not a breakthrough (a mixer that sees "
+            "its own label, test rows in training), unless the rows are very regular")
+    return found
 
 @torch.no_grad()
 def score(split, found, limit, beam=1, T=T_max):
-    """The task's own metric: bits per byte or accuracy, which evaluate found, or, on text that the model decodes here,
-    exact match or BLEU."""
+    """The task's own metric: bits per byte or accuracy, which evaluate found, or exact match or BLEU of text
+    that the model decodes here."""
     if meta["metric"] == "bpb":
         return found["loss"] / math.log(2) * meta["splits"][split]["tokens"] / meta["bytes"][split]
     if meta["metric"] == "acc":
         return found["accuracy"]
+    texts = []
+    for side in ("src", "tgt"):
+        with open(os.path.join(folder, f"{split}.{side}.txt"), encoding="utf-8") as f:
+            texts.append(f.read().split("\n")[:-1][:limit])
+    src, tgt = texts
     model.eval()
-    src, ref = (open(os.path.join(folder, f"{split}.{side}.txt"), encoding="utf-8").read().split("\n")[:-1][:limit] for side in ("src", "tgt"))
     with autocast:
-        mine, _ = translate(model, tokenizer, src[rank::world], beam=beam, batch_size=max(1, 256 // beam), block_size=T, heed=heed)
+        mine, _ = translate(model, tokenizer, src[rank::world], beam, batch_size=max(1, 256 // beam),
+                            block_size=T, heed=heed)
     model.train()
-    hyp = from_all_ranks(mine)
+    answers = from_all_ranks(mine)
     if meta["metric"] == "exact":
-        return sum(h == r for h, r in zip(hyp, ref)) / len(ref)
+        return sum(a == b for a, b in zip(answers, tgt)) / len(tgt)
     import sacrebleu
     bleu = sacrebleu.metrics.BLEU()
-    result = bleu.corpus_score(hyp, [ref]).score
+    result = bleu.corpus_score(answers, [tgt]).score
     if limit >= meta["splits"][split]["rows"]:
         say(f"sacreBLEU signature: {bleu.get_signature()}")
     return result
 
-
-PATIENCE = 25                                                  # steps in a row that may fail; float16's scale needs up to 16 at first
+# ---- checkpoints and log
+LOGGED = ("step", "loss", "norm", "lr", "skipped", "val_loss", "val_metric")
 METRIC = {"exact": "exact match", "bleu": "BLEU", "bpb": "bits per byte", "acc": "accuracy"}[meta["metric"]]
+PATIENCE = 25  # steps that may fail in a row; float16 may need 16
 
+@contextmanager
+def writing(path):
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        stop(f"{path} cannot be written ({one_line(e)}): the last checkpoint is intact, make room, --resume")
 
 def write(path, into, mode="w"):
     """Only rank 0 writes, and what it writes is all there or not there."""
     if master:
-        try:
-            with replacing(path, mode) as f:
-                into(f)
-        except (OSError, RuntimeError) as e:
-            stop(f"{path} cannot be written ({' '.join(str(e).split())[:150]}): the last checkpoint is intact; make room and go on with --resume")
-
-
-def save(evaluated):
-    common = dict(format=FORMAT, model=model.state_dict(), model_args=dataclasses.asdict(model_cfg), meta=meta, iter_num=iter_num, best_loss=best_loss)
-    if evaluated and val_loss == best_loss:
-        write(best_path, lambda f: torch.save(common, f), "wb")
-    state = common | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings, evaluated=evaluated, skipped=skipped, in_a_row=in_a_row,
-                          seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0)
-    write(ckpt_path, lambda f: torch.save(state, f), "wb")
-
-
-def leave():
-    """A signal came, and all is saved: exit with its number, on which a scheduler can start anew."""
-    stop(f"stopped after step {iter_num}, saved: go on with --resume", 128 + (caught or [signal.SIGTERM])[0])
-
-
-LOGGED = ("step", "loss", "norm", "lr", "skipped", "val_loss", "val_metric")
-
+        with writing(path), replacing(path, mode) as f:
+            into(f)
 
 def log(**row):
     """One line of log.csv; nothing in it depends on the clock, so that two equal runs write equal files."""
     if master:
-        try:
-            with open(log_path, "a", newline="") as f:
-                csv.writer(f).writerow([row.get(k, "") for k in LOGGED])
-        except OSError as e:
-            stop(f"{log_path} cannot be written ({e.strerror}): the last checkpoint is intact; make room and go on with --resume")
+        with writing(log_path), open(log_path, "a", newline="") as f:
+            csv.writer(f).writerow([row.get(name, "") for name in LOGGED])
 
+def save(evaluated):
+    state = dict(format=FORMAT, model=model.state_dict(), model_args=dataclasses.asdict(model_cfg), meta=meta,
+                 iter_num=iter_num, best_loss=best_loss)
+    if evaluated and val_loss == best_loss:
+        write(best_path, lambda f: torch.save(state, f), "wb")
+    last = dict(state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings,
+                evaluated=evaluated, skipped=skipped, in_a_row=in_a_row,
+                seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0)
+    write(ckpt_path, lambda f: torch.save(last, f), "wb")
 
 if master:
     try:
@@ -493,7 +595,7 @@ if master:
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
         os.makedirs(out, exist_ok=True)
         if ckpt and os.path.exists(log_path) and os.path.getsize(log_path) >= ckpt["log_bytes"]:
-            os.truncate(log_path, ckpt["log_bytes"])           # what was logged after the checkpoint happens again
+            os.truncate(log_path, ckpt["log_bytes"])  # what was logged after the checkpoint happens again
         else:
             with open(log_path, "w", newline="") as f:
                 csv.writer(f).writerow(LOGGED)
@@ -503,7 +605,7 @@ if master:
         stop(f"--out_dir={out} cannot be written: {e.strerror}")
 say(" ".join(f"{k}={v}" for k, v in settings.items() if v != p.get_default(k)))
 
-
+# ---- the loop
 def get_lr(it):
     """Linear warm-up, then cosine to min_lr at max_iters."""
     low = cfg.learning_rate / 20 if cfg.min_lr is None else cfg.min_lr
@@ -512,33 +614,23 @@ def get_lr(it):
     ratio = (it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
     return low + 0.5 * (1 + math.cos(math.pi * min(1.0, ratio))) * (cfg.learning_rate - low)
 
-
-# -----------------------------------------------------------------------------
-# the loop
-
-def on_signal(number, frame):
-    if caught and world == 1:                                  # the second Ctrl-C means now; torchrun sends its own after one
-        sys.exit(128 + number)
-    caught.append(number)
-
-
-for s in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(s, on_signal)
-
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
+    signal.signal(signal.SIGHUP, on_signal)
 model.train()
 t_start = t_log = time.time()
 first, val_loss = iter_num, math.inf
 batches, size = micro_batches(iter_num)
 while True:
+    at = f"step {iter_num:05d}/{cfg.max_iters:05d}"
     if (iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters) and not evaluated:
-        save(evaluated=False)                                  # an evaluation may take longer than a scheduler waits
-        try:
-            found = evaluate(splits["val"], cfg.eval_rows)
-            val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
-        except Interrupted:
-            leave()
+        save(evaluated=False)  # an evaluation may take longer than a scheduler waits
+        found = evaluate(splits["val"], cfg.eval_rows)
+        val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
         best_loss = min(best_loss, val_loss)
-        say(f"step {iter_num:05d}/{cfg.max_iters:05d} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}" + (" | best" if val_loss == best_loss else ""))
+        best = " | best" * (val_loss == best_loss)
+        say(f"{at} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}{best}")
         log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
         save(evaluated=True)
         t_log, first = time.time(), iter_num
@@ -555,21 +647,23 @@ while True:
         if world > 1:
             net.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
-            loss = net(*tensors)[1] * share                    # shares add up to 1 over all passes of all processes
-        scaler.scale(loss * size * world).backward()           # DDP averages, the step sums
+            loss = net(*tensors)[1] * share  # shares add up to 1 over all passes of all processes
+        scaler.scale(loss * size * world).backward()  # DDP averages, the step sums
         loss_sum = loss_sum + loss.detach()
-    batches, size = micro_batches(iter_num + 1)                # while the GPU is still busy
+    batches, size = micro_batches(iter_num + 1)  # while the GPU is still busy
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     loss_sum, norm, stopping = total_over_ranks(loss_sum.item(), norm.item() / world, len(caught))
     if math.isfinite(loss_sum + norm):
         scaler.step(optimizer)
         in_a_row = 0
-    else:                                                      # this step is left out
-        skipped, in_a_row = skipped + 1, in_a_row + 1
+    else:  # this step is left out
+        skipped += 1
+        in_a_row += 1
         if in_a_row == PATIENCE:
-            stop(f"the loss or its gradient was not finite {PATIENCE} steps in a row, up to step {iter_num}: lower --learning_rate, raise --warmup_iters"
-                 + (", or take --dtype=float32" if dtype != "float32" else "") + "; then --resume from the last checkpoint")
+            advice = "" if dtype == "float32" else ", or take --dtype=float32"
+            stop(f"loss or gradient was not finite {PATIENCE} steps in a row, up to step {iter_num}: lower "
+                 f"--learning_rate, raise --warmup_iters{advice}; then --resume from the last checkpoint")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
@@ -577,56 +671,52 @@ while True:
         log(step=iter_num, loss=loss_sum, norm=norm, lr=lr, skipped=skipped)
         dt = (time.time() - t_log) / (iter_num + 1 - first)
         t_log, first = time.time(), iter_num + 1
-        say(f"step {iter_num:05d}/{cfg.max_iters:05d} | loss {loss_sum:.4f} | norm {norm:.2f} | lr {lr:.1e} | {dt * 1e3:.1f} ms | {tokens_per_step / dt:,.0f} tok/s"
-            + (f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}" if peak else "") + f" | eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m"
-            + f" | skipped {skipped}" * (skipped > 0))
+        speed = f"{dt * 1e3:.1f} ms | {tokens_per_step / dt:,.0f} tok/s"
+        if peak:
+            speed += f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}"
+        eta = f"eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m" + f" | skipped {skipped}" * (skipped > 0)
+        say(f"{at} | loss {loss_sum:.4f} | norm {norm:.2f} | lr {lr:.1e} | {speed} | {eta}")
     iter_num += 1
     if stopping:
         save(evaluated=False)
         if world > 1:
-            dist.barrier()                                     # torchrun stops all when the first one ends
-        leave()
+            dist.barrier()  # torchrun stops all when the first one ends
+        heed(stopping)
 
-# -----------------------------------------------------------------------------
-# the test set, once, with the checkpoint that validation chose
-
+# ---- the test set, once, with the checkpoint that validation chose
 seconds += time.time() - t_start
 if world > 1:
     dist.barrier()
 model.load_state_dict(load_checkpoint(best_path, device)["model"])
 
+def test(split, data, T):
+    """All of a split at up to T tokens a row -> what was found; says it."""
+    found = evaluate(data, 10**9)
+    metric = score(split, found, 10**9, cfg.beam, T)
+    trivial = meta["splits"][split]["trivial"]
+    where = split if T == T_max else f"{split} at up to {T} tokens (trained at {T_max})"
+    known = ", ".join(f"{name} {value:.3f}" for name, value in trivial.items())
+    say(f"{where} loss {found['loss']:.4f} | {split} {METRIC} {metric:.4f} (n={len(data)}) | trivial {known}")
+    if meta["metric"] in ("bleu", "exact"):
+        say(f"{where} perplexity {math.exp(found['loss']):.3f}, token accuracy {found['accuracy']:.4f}, "
+            "given the true tokens before each")
+    if found.get("auc"):
+        say(f"{where} AUC {found['auc']:.4f}")
+    if "groups" in found:
+        groups = ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items())
+        say(f"{where} accuracy by {meta['groups']}: {groups}")
+    return dict(found, split=split, block_size=T, metric=metric, n=len(data), trivial=trivial)
 
-def measure(split, data, T):
-    """-> what evaluate found in all of a split, and its score."""
-    try:
-        found = evaluate(data, 10**9)
-        return found, score(split, found, 10**9, cfg.beam, T)
-    except Interrupted:
-        stop("stopped while testing: go on with --resume", 128 + caught[0])
-
-
-found, test_score = measure("test", splits["test"], T_max)
-result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), val_loss=best_loss, test_loss=found["loss"], test_metric=test_score, metric=METRIC,
-              n=len(splits["test"]), test=found, trivial=meta["splits"]["test"]["trivial"],
-              data=dict(rows=meta["splits"]["train"]["rows"], tokens=int(np.sum(meta["splits"]["train"]["tokens"])), seconds=meta["seconds"]))
-say(f"{cfg.max_iters} steps in {seconds / 60:.1f} minutes | test loss {found['loss']:.4f} | test {METRIC} {test_score:.4f} (n={len(splits['test'])}, best.pt) | trivial: "
-    + ", ".join(f"{name} {value:.3f}" for name, value in result["trivial"].items()))
-if meta["metric"] in ("bleu", "exact"):
-    say(f"test perplexity {math.exp(found['loss']):.3f}, token accuracy {found['accuracy']:.4f}, given the true tokens before each")
-if found.get("auc"):
-    say(f"test AUC {found['auc']:.4f}")
-by_group = lambda found: f"by {meta['groups']}: " + ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items())
-if "groups" in found:
-    say(f"test accuracy {by_group(found)}")
+say(f"{cfg.max_iters} steps in {seconds / 60:.1f} minutes")
+found = test("test", splits["test"], T_max)
 for T in Ts_far:
     if T not in beyond:
         say(f"{far} at {T} tokens: left out, --pos=learned knows no position beyond --block_size={T_max}")
-result["far"] = []
-for T, data in beyond.items():
-    found, far_score = measure(far, data, T)
-    result["far"].append(dict(found, split=far, block_size=T, metric=far_score, n=len(data), trivial=meta["splits"][far]["trivial"]))
-    say(f"{far} at up to {T} tokens (trained at {T_max}) | loss {found['loss']:.4f} | {METRIC} {far_score:.4f} (n={len(data)})"
-        + (f" | {by_group(found)}" if "groups" in found else ""))
+data = {name: int(np.sum(meta["splits"]["train"][name])) for name in ("rows", "tokens")}
+result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), val_loss=best_loss,
+              test_loss=found["loss"], test_metric=found["metric"], metric=METRIC, n=found["n"],
+              trivial=found["trivial"], test=found, data=dict(data, seconds=meta["seconds"]),
+              far=[test(far, data, T) for T, data in beyond.items()])
 write(os.path.join(out, "result.json"), lambda f: json.dump(result, f, indent=1))
 if world > 1:
     dist.destroy_process_group()
