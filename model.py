@@ -137,7 +137,7 @@ def attend(q, k, v, mask=None, causal=False, window=0):
     """Softmax attention of q (B,H,T,dh), the last T of the S places of k, v (B,H,S,dh), mask (B,S)."""
     T, S = q.size(2), k.size(2)
     if mask is None and window == 0 and (not causal or T == S or T == 1):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and T == S)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True if causal and T == S else False)
     back = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # (T, S)
     seen = back >= 0 if causal else back == back
     if window > 0:
@@ -450,11 +450,11 @@ class Haar(nn.Module):
 
     def block(self, a, mask):  # the paper's, down through the levels and up again, zeros beyond the ends
         T, details, size = a.size(1), [], 2 ** self.L
-        if T > size and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and T > size:
             warnings.warn(f"decimated haar: nothing leaves a block of {size} tokens, of {T}: raise --levels")
         for l in range(self.L):
             low, high = self.wavelet.filters(l)
-            K, p = (a.size(1) + 1) // 2, len(low) // 2 - 1
+            K, p = -(-T // 2 ** (l + 1)), len(low) // 2 - 1
             a = F.pad(a, (0, 0, p, p + 1))
             details.append(filtered(a, high, 1, 2, K))
             a = filtered(a, low, 1, 2, K)
@@ -707,8 +707,8 @@ class Aligned(CrossAttention):
         real = memory.new_ones(memory.shape[:2]) if mask is None else as_mask(mask).to(memory.dtype)
         total, count = wide(self.c_kv(memory)) * real[..., None], wide(real)[..., None]
         levels = [(total, real > 0)]
-        for _ in range(self.L):
-            K = (total.size(1) + 1) // 2
+        for l in range(self.L):
+            K = -(-memory.size(1) // 2 ** (l + 1))
             pairs = [F.pad(u, (0, 0, 0, 1))[:, :2 * K].unflatten(1, (K, 2)) for u in (total, count)]
             total, count = (u.sum(2) for u in pairs)
             levels.append((total / count.clamp(min=1), count[..., 0] > 0))
@@ -806,7 +806,8 @@ class WaveletTransformer(nn.Module):
         check(idx.size(1) >= 1, "a sequence needs at least one token")
         x, end, most = self.wte(idx), t + idx.size(1), self.config.block_size
         if self.wpe is not None:
-            check(end <= most, f"{end} tokens do not fit --block_size={most} with --pos=learned")
+            if end > most:  # no check(): its sentence would name a length, and cost a compiler a graph for each
+                raise ValueError(f"{end} tokens do not fit --block_size={most} with --pos=learned")
             x = x + self.wpe(torch.arange(t, end, device=idx.device))
         return self.drop(x)
 

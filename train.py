@@ -1,11 +1,11 @@
 """
 Train a wavelet encoder-decoder (or encoder, or decoder): one GPU, one CPU, or many under torchrun.
 
-    python train.py --mixer=wersa                                  # the default data set, minutes on a laptop
-    python train.py --dataset=multi30k --mixer=haar,haar,attention --out_dir=out-multi30k
-    python train.py --resume                                       # go on where out/ckpt.pt stopped
-    torchrun --standalone --nproc_per_node=4 train.py --mixer=haar # 4 GPUs, or 4 CPU processes
-    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 ... # node_rank=1 on the other
+    python train.py --mixer=wersa            # the default data set, minutes on a laptop
+    python train.py --dataset=multi30k --mixer=haar,attention --out_dir=out-m30k
+    python train.py --resume                 # go on where out/ckpt.pt stopped
+    torchrun --standalone --nproc_per_node=4 train.py    # 4 GPUs, or 4 CPU processes
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST ...   # 1 on the other node
 
 A step is batch_size * gradient_accumulation_steps rows, however many processes share them. Data order is a
 function of (seed, step), dropout one of (seed, step, process), so a run may be killed and resumed, on another
