@@ -92,8 +92,7 @@ class ModelConfig:
         return form == "yes" or (form == "decoder" and causal)
 
     def of_layer(self, i):  # with one mixer
-        names = self.mixer.split(",")
-        return replace(self, mixer=names[i % len(names)])
+        return replace(self, mixer=self.mixer.split(",")[i % (self.mixer.count(",") + 1)])
 
 RANGES = {
     "window": (0, 2**24), "vocab_size": (1, 2**24), "block_size": (1, 2**24), "n_classes": (1, 2**20),
@@ -114,7 +113,7 @@ def may_look(x):  # may Python look at values? not while compiling, nor where it
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not functorch(x)
 
 def as_mask(mask):
-    """A mask (B,T) of any type -> bool, or None. Padding in front would move a row on the wavelets' grid."""
+    """A mask (B,T) of any type -> bool, or None. Padding in front would shift the wavelets' grid."""
     if mask is None:
         return None
     mask = mask.bool()
@@ -806,8 +805,8 @@ class WaveletTransformer(nn.Module):
         check(idx.size(1) >= 1, "a sequence needs at least one token")
         x, end, most = self.wte(idx), t + idx.size(1), self.config.block_size
         if self.wpe is not None:
-            if end > most:  # no check(): its sentence would name a length, and cost a compiler a graph for each
-                raise ValueError(f"{end} tokens do not fit --block_size={most} with --pos=learned")
+            if end > most:  # no check(): its sentence would cost a compiler a graph for each length
+                raise ValueError(f"{end} tokens do not fit --block_size={most}, --pos=learned")
             x = x + self.wpe(torch.arange(t, end, device=idx.device))
         return self.drop(x)
 

@@ -272,8 +272,8 @@ def how_many(model, asked, n):
         return asked or most
     room = most + 1 - n  # the last one is never read
     if room < max(1, asked or 0):
-        raise SystemExit(f"--max_new_tokens={asked or 1} behind {n}: --pos=learned has room for {most + 1} in "
-                         "all, lower it or cut --start")
+        raise SystemExit(f"--max_new_tokens={asked or 1} behind {n}: --pos=learned has room for {most + 1} "
+                         "in all, lower it or cut --start")
     return asked or room
 
 def refuse_idle(p, args, arch):

@@ -88,7 +88,7 @@ p.add("--beam", int, "beams of the last test; 1 = greedy", 1, 1000, default=1)
 p.add("--log_interval", int, "", 1, 2**40, default=10)
 p.add("--seed", int, "", 0, 2**63 - 1, default=1337)
 p.add("--device", lambda s: s if s == "auto" else there(s), "auto, cpu, cuda, cuda:1, mps", default="auto")
-p.add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: half on CUDA")
+p.add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: 16 on CUDA")
 p.add("--dist_timeout", float, "seconds that a process waits for the others", 1, 1e6, default=600)
 p.add("--compile", bool, "torch.compile; default: on for CUDA, off elsewhere")
 args = p.parse_args()
@@ -485,7 +485,7 @@ def roc_auc(score, positive):
 @torch.no_grad()
 def evaluate(data, limit):
     """The first rows of a split, the same each time, shared by all processes -> loss (mean per target),
-    accuracy (of the likeliest answers), groups (the same by group), auc (of row labels, mean over classes)."""
+    accuracy (of the likeliest answers), groups (the same by group), auc (of row labels, mean of classes)."""
     model.eval()
     n_groups = 1 if data.groups is None else int(data.groups.max()) + 1
     total, right, asked = 0.0, np.zeros(n_groups), np.zeros(n_groups)
