@@ -30,7 +30,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-def check(ok, sentence):  # a wrong setting ends in one sentence that says what to change
+def check(ok, sentence):  # a wrong setting ends in one sentence
     if not ok:
         raise ValueError(sentence)
 
@@ -89,6 +89,7 @@ class ModelConfig:
 
     def is_undecimated(self, causal):
         form = self.auto("undecimated", haar="yes", others="decoder")
+        check(form != "no" or self.mixer == "haar" or not causal, "--undecimated=no has no causal form")
         return form == "yes" or (form == "decoder" and causal)
 
     def of_layer(self, i):  # with one mixer
@@ -143,8 +144,7 @@ def attend(q, k, v, mask=None, causal=False, window=0):
         seen = seen & (back < window if causal else back.abs() <= window // 2)
     if mask is not None:
         seen = seen & mask[:, None, None]  # (B, 1, T, S)
-    # a row with nothing to see would be NaN; it is padding itself, so let it see anything
-    seen = seen | ~seen.any(-1, keepdim=True)
+    seen = seen | ~seen.any(-1, keepdim=True)  # what sees nothing would be NaN; it is padding itself
     return F.scaled_dot_product_attention(q, k, v, seen)
 
 class Attention(nn.Module):
@@ -186,7 +186,7 @@ class Fourier(nn.Module):
     def forward(self, x, mask=None):
         if mask is None:
             return torch.fft.fft2(wide(x), norm="ortho").real.to(x.dtype)
-        # a DFT of any length n is a convolution (Bluestein 1970), since kt = (k^2 + t^2 - (k-t)^2) / 2
+        # a DFT of any length n is a convolution (Bluestein 1970)
         mask, T = as_mask(mask), x.size(1)
         n, t = lengths(mask)[:, None, None], torch.arange(T, device=x.device)[:, None]
         y = torch.fft.fft(wide(x * mask[..., None]), norm="ortho")
@@ -392,7 +392,7 @@ def daubechies(n):
     w = 2 * math.pi * torch.arange(4096, dtype=torch.float64, device="cpu") / 4096
     square = sum(math.comb(n - 1 + k, k) * (w / 2).sin() ** (2 * k) for k in range(n))
     cepstrum = torch.fft.ifft(square.log()).real / 2
-    cepstrum[1:2048] *= 2  # what lies before time 0 is folded behind it
+    cepstrum[1:2048] *= 2  # time before 0 is folded behind it
     cepstrum[2049:] = 0
     zeros = (1 + torch.polar(torch.ones_like(w), -w)) / 2  # n of them, at -1
     return torch.fft.ifft(torch.fft.fft(cepstrum).exp() * zeros ** n).real[:2 * n] * math.sqrt(2)

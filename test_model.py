@@ -1027,6 +1027,8 @@ def test_bad_calls():  # catches: a silent crop, an index error, a check that is
     cfg, m = config(), transformer("haar pos=learned", block_size=12)
     cfg.dropout = 1.0
     bad = {"--dropout": lambda: WaveletTransformer(cfg), "cannot be causal": lambda: build_mixer(config("fourier"), causal=True),
+           "no causal form": lambda: build_mixer(config("wavspa undecimated=no"), causal=True),  # it would leak
+           "--undecimated=no has": lambda: build_mixer(config("wersa undecimated=no"), causal=True),
            "src=": lambda: transformer("haar", "encdec")(tokens(2, 4)), "with --arch": lambda: m(tokens(2, 4), src=SOURCE),
            "--block_size": lambda: m(tokens(2, 13)), "13 tokens": lambda: m.generate(tokens(2, 2), 12),
            "--temperature": lambda: m.generate(tokens(2, 2), 1, temperature=-1.0),
