@@ -6,9 +6,8 @@ Wavelet sequence mixers, from scratch: everything that is a model is in this fil
   wersa   Wavelet-Enhanced Random Spectral Attention   arXiv 2507.08637
 
 A wavelet filter bank turns x into bands: haar weighs and adds them up, wavspa attends each, wersa scales
-those of its queries and keys. Baselines: attention (flash SDPA) and fourier (FNet, arXiv 2105.03824).
-Lineage: undecimated causal haar is MultiresConv's recursion (2305.01638) with filters of its own a level; the
-gate is Gated Attention's (2505.06708), rotary RoFormer's (2104.09864), exp features FAVOR+'s (2009.14794).
+those of its queries and keys. Undecimated causal haar is MultiresConv's recursion (2305.01638), the gate is Gated
+Attention's (2505.06708), rotary RoFormer's (2104.09864), fourier FNet (2105.03824), exp FAVOR+ (2009.14794).
 
 B batch, T target (or only) length, S source length, C channels (n_embd), H heads, dh channels a head, F taps,
 L levels, a level-l coefficient spans 2^l tokens, a_l d_l approximations and details, m random features a head
@@ -16,8 +15,7 @@ L levels, a level-l coefficient spans 2^l tokens, a_l d_l approximations and det
 A mixer is an nn.Module of (cfg, causal); x, y (B,T,C), mask (B,T) with True = real token, padding behind:
   y = mixer(x, mask)
   y, state = mixer(x, state=state)  # causal: any T >= 1 goes on from state, at first mixer.init_state(B)
-test_model.py holds all of MIXERS to its promises: a causal one never looks ahead, not by a bit; padding
-changes nothing at real tokens; any cut into chunks equals the whole.
+Promises, tested: no look ahead, not by a bit; padding changes nothing; any cut into chunks equals the whole.
 """
 
 import inspect
@@ -63,14 +61,14 @@ class ModelConfig:
     cross_ratio: float = 1.0  # source tokens per target token: where in the source target t stands
 
     def __post_init__(self):
-        names, most = self.mixer.split(","), self.whole_block if self.block_size > 0 else 0
+        names = self.mixer.split(",")
         for flag, known in CHOICES.items():
             for value in names if flag == "mixer" else [getattr(self, flag)]:
                 check(value in known, f"--{flag}={value} is unknown, use one of: {' '.join(known)}")
         for flag, (low, high) in RANGES.items():
             value = getattr(self, flag)
             check(low <= value <= high, f"--{flag}={value} must lie in {low}..{high}")
-        check(self.levels <= most, f"--levels={self.levels} must lie in -1..{most}: more pass --block_size")
+        check(self.levels <= self.whole_block, f"--levels={self.levels} must lie in -1..{self.whole_block}")
         check(self.n_embd % self.n_head == 0, f"--n_embd={self.n_embd} is no multiple of --n_head")
         if self.arch != "encoder":
             for flag, used in (("mixer", names), ("inner", [self.inner])):
@@ -93,7 +91,8 @@ class ModelConfig:
         return form == "yes" or (form == "decoder" and causal)
 
     def of_layer(self, i):  # with one mixer
-        return replace(self, mixer=self.mixer.split(",")[i % (self.mixer.count(",") + 1)])
+        names = self.mixer.split(",")
+        return replace(self, mixer=names[i % len(names)])
 
 RANGES = {
     "window": (0, 2**24), "vocab_size": (1, 2**24), "block_size": (1, 2**24), "n_classes": (1, 2**20),
@@ -137,7 +136,7 @@ def attend(q, k, v, mask=None, causal=False, window=0):
     """Softmax attention of q (B,H,T,dh), the last T of the S places of k, v (B,H,S,dh), mask (B,S)."""
     T, S = q.size(2), k.size(2)
     if mask is None and window == 0 and (not causal or T == S or T == 1):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True if causal and T == S else False)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal if T == S else False)
     back = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # (T, S)
     seen = back >= 0 if causal else back == back
     if window > 0:
@@ -360,8 +359,9 @@ def as_taps(h, x):
         for s in range(0, len(h), 2):  # orthonormal to its own even shifts
             error = (taps[s:] * taps[:len(h) - s]).sum(0) - float(s == 0)
             check(error.abs().max() < 1e-2, "these taps are not orthonormal: pass a name, or use Wavelet")
-        known = daubechies(len(h) // 2)[:, None] if 2 < len(h) <= 40 else taps + 1
-        check((taps.flip(0) - known).abs().max() > 1e-4, "these taps are in reverse (dec_lo): pass rec_lo")
+        if 2 < len(h) <= 40:
+            error = taps.flip(0) - daubechies(len(h) // 2)[:, None]
+            check(error.abs().max() > 1e-4, "these taps are in reverse (dec_lo): pass rec_lo")
     return h
 
 def dwt(x, h="haar", levels=None):
@@ -715,7 +715,7 @@ class Aligned(CrossAttention):
 
     def read(self, x, source, t=0):
         # a chunk of c targets shares the rows that any of them may look at; each sees its own by a mask
-        (levels, n), (B, T, C), H = source, x.shape, self.n_head
+        (levels, n), (T, C), H = source, x.shape[1:], self.n_head
         c = 1 if T == 1 else self.chunk
         x = F.pad(x, (0, 0, 0, c - 1))[:, :(T + c - 1) // c * c].unflatten(1, (-1, c))  # (B, chunks, c, C)
         at = (torch.arange(t, t + x.size(1) * c, device=x.device) * self.ratio).long()
