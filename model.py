@@ -6,7 +6,7 @@ Wavelet sequence mixers, from scratch: everything that is a model is in this fil
   wersa   Wavelet-Enhanced Random Spectral Attention   arXiv 2507.08637
 
 A wavelet filter bank turns x into bands: haar weighs and adds them up, wavspa attends each, wersa scales
-those of its queries and keys. Undecimated causal haar is MultiresConv's recursion (2305.01638), the gate is Gated
+those of its queries and keys. Undecimated causal haar is MultiresConv's recursion (2305.01638), --gate Gated
 Attention's (2505.06708), rotary RoFormer's (2104.09864), fourier FNet (2105.03824), exp FAVOR+ (2009.14794).
 
 B batch, T target (or only) length, S source length, C channels (n_embd), H heads, dh channels a head, F taps,
