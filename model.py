@@ -108,7 +108,8 @@ CHOICES = {
 def wide(x):  # half precision becomes float32, where sums over T belong; float64 stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-functorch = torch._C._functorch.is_functorch_wrapped_tensor  # is torch.func at work on this tensor?
+def functorch(x):  # is torch.func at work on this tensor?
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 def may_look(x):  # may Python look at values? not while compiling, nor where it would wait for a GPU
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not functorch(x)
 
@@ -508,20 +509,19 @@ class Wavspa(nn.Module):
         y = sum(bands) if self.undecimated else self.wavelet.idwt(bands, n)[:, :x.size(1)]
         return y if state is None else (y, (past, states))
 
-SEGMENT = 1024  # tokens whose features are held at a time
-CHUNK = 64  # tokens whose sums are taken as a triangle
+SEGMENT, CHUNK = 512, 64  # tokens whose features are held at a time, whose sums are taken as a triangle
 
 def features(x, R, kind, query=False):
-    """phi(x) >= 0, x (..., T, dh), R (dh, m) -> (..., T, m). relu: ReLU(x R) / sqrt(m), an arc-cosine kernel.
-    exp: exp(x R - |x|^2 / 2), for exp(q.k / sqrt(dh)); a query's factor cancels: its largest is set to 1."""
+    """phi >= 0 of queries x (..., T, dh), R (dh, m) -> (..., T, m); keys (..., m, T): no gradient is strided.
+    relu: ReLU(x R) / sqrt(m), an arc-cosine kernel. exp: exp(x R - |x|^2 / 2), for exp(q.k / sqrt(dh))."""
     dh, m = R.shape
-    if kind == "relu":
-        return F.relu(x @ R) * m ** -0.5
-    x = x * dh ** -0.25
-    u = x @ R
-    if query:
-        return (u - u.amax(-1, keepdim=True).detach()).exp()
-    return (u - x.square().sum(-1, keepdim=True) / 2).exp()
+    if kind == "exp":
+        x = x * dh ** -0.25
+        u = x @ R if query else R.mT @ x.mT
+        less = u.amax(-1, keepdim=True).detach() if query else x.square().sum(-1)[..., None, :] / 2
+        return (u - less).exp()  # a query's factor cancels: its largest is set to 1
+    R = R * m ** -0.5
+    return F.relu(x @ R if query else R.mT @ x.mT)
 
 def normalise(y):  # sums (..., dh + 1) -> numerators over denominators (..., dh), 0 where nothing was seen
     return y[..., :-1] / (y[..., -1:] + 1e-6)
@@ -534,7 +534,7 @@ def again(f, x, *more):
 
 def digest(k, v, R, kind):  # phi(k)^T v, all that is kept of a source: (B, H, m, dh + 1)
     parts = zip(k.split(SEGMENT, 2), v.split(SEGMENT, 2))
-    return sum(again(lambda k, v: features(k, R, kind).mT @ v, *part) for part in parts)
+    return sum(again(lambda k, v: features(k, R, kind) @ v, *part) for part in parts)
 
 def read(q, S, R, kind):  # phi(q) S, normalised: (B, H, T, dh)
     ys = [again(lambda q: features(q, R, kind, True) @ S, part) for part in q.split(SEGMENT, 2)]
@@ -543,13 +543,14 @@ def read(q, S, R, kind):  # phi(q) S, normalised: (B, H, T, dh)
 def read_causally(q, k, v, S, R, kind):
     """read(q, digest(k, v)) of each token and those before it, S what came earlier -> (B,H,T,dh), S."""
     def segment(q, k, v, S):
+        q, k, v = (u.unflatten(2, (-1, CHUNK)) for u in (q, k, v))  # (B, H, chunks, CHUNK, .)
         fq, fk = features(q, R, kind, True), features(k, R, kind)
-        fq, fk, v = (u.unflatten(2, (-1, CHUNK)) for u in (fq, fk, v))  # (B, H, chunks, CHUNK, .)
-        S = torch.cat((S[:, :, None], fk.mT @ v), 2).cumsum(2)  # before each chunk, and after all
-        y = fq @ S[:, :, :-1] + (fq @ fk.mT).tril() @ v  # earlier chunks, and a triangle for its own
+        S = torch.cat((S[:, :, None], fk @ v), 2).cumsum(2)  # before each chunk, and after all
+        y = fq @ S[:, :, :-1] + (fq @ fk).tril() @ v  # earlier chunks, and a triangle for its own
         return y.flatten(2, 3), S[:, :, -1]
     T, ys = q.size(2), []
-    q, k, v = (F.pad(u, (0, 0, 0, CHUNK - T % CHUNK)) for u in (q, k, v))  # behind, where nobody looks
+    whole = (T + CHUNK - 1) // CHUNK * CHUNK  # padded behind, where nobody looks
+    q, k, v = (F.pad(u, (0, 0, 0, CHUNK))[:, :, :whole] for u in (q, k, v))
     for part in zip(q.split(SEGMENT, 2), k.split(SEGMENT, 2), v.split(SEGMENT, 2)):
         y, S = again(segment, *part, S)
         ys.append(y)
@@ -569,9 +570,8 @@ class Wersa(Attention):
         self.wavelet = Wavelet(cfg.wavelet, cfg.learned, self.L, 2 * cfg.n_embd)
         if self.L > 0:
             self.scale = nn.Parameter(torch.ones(cfg.n_head, self.L + 1))  # in the order a_L, d_L, ..., d_1
-            self.filter = nn.Sequential(
-                nn.Linear(cfg.n_embd, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
-                nn.Linear(64, cfg.n_head * (self.L + 1)), nn.Sigmoid())
+            self.filter = nn.Sequential(nn.Linear(cfg.n_embd, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+                                        nn.Linear(64, cfg.n_head * (self.L + 1)), nn.Sigmoid())
 
     def init_state(self, B, device=None, dtype=None):  # of one size, whatever T
         (dh, m), kind = self.R.shape, torch.promote_types(dtype or torch.float32, torch.float32)
@@ -862,9 +862,9 @@ class WaveletTransformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, src=None, temperature=1.0, top_k=None, eos_id=-1):
-        """Continue idx (B,T) -> (B, T + max_new_tokens); temperature 0 = argmax. Rows of unequal
-        length, padded behind, go on each at its own end. The prompt is read at once, what outlasts its
-        shortest row by the token. A row that has reached eos_id goes on as pad_id."""
+        """Continue idx (B,T) -> (B, T + max_new_tokens); temperature 0 = argmax. Rows of unequal length,
+        padded behind, go on each at its own end, and after eos_id as pad_id. The prompt is read at once, what
+        outlasts its shortest row by the token."""
         check(temperature >= 0, f"--temperature={temperature} must be at least 0")
         check(top_k is None or top_k >= 1, f"--top_k={top_k} must be at least 1")
         check(idx.size(1) >= 1, "generate starts from at least one token")

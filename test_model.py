@@ -685,7 +685,7 @@ def test_linear_attention(kind, T):  # catches: a chunk that forgets its own tok
     q, k = (rand(2, 3, T, 4, seed=s, dtype=torch.float64).requires_grad_() for s in (1, 2))
     v = F.pad(rand(2, 3, T, 4, seed=3, dtype=torch.float64), (0, 1), value=1.0).requires_grad_()
     R, S0 = rand(4, 6, dtype=torch.float64), rand(2, 3, 6, 5, seed=4, dtype=torch.float64).abs().requires_grad_()
-    fq, fk = M.features(q, R, kind, True), M.features(k, R, kind)
+    fq, fk = M.features(q, R, kind, True), M.features(k, R, kind).mT  # keys' stand upright
     y = fq @ fk.mT @ v
     pairs = [(M.read(q, M.digest(k, v, R, kind), R, kind), M.normalise(y))]
     y = (fq @ fk.mT).tril() @ v + fq @ S0
