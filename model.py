@@ -100,10 +100,10 @@ RANGES = {
     "n_features": (0, 2**20), "dropout": (0, 0.999), "label_smoothing": (0, 0.99), "cross_ratio": (1e-6, 1e6)}
 CHOICES = {
     "arch": ("encdec", "encoder", "decoder"), "cross": ("auto", "attention", "wersa", "aligned", "place"),
-    "pos": ("rope", "learned", "none"), "wavelet": ("haar", *(f"db{n}" for n in range(2, 21))),
+    "pos": ("rope", "learned", "none"), "pool": ("mean", "cls", "token"), "feature_map": ("relu", "exp"),
+    "wavelet": ("haar", *(f"db{n}" for n in range(2, 21))), "inner": ("attention", "wersa", "fourier"),
     "wavelet_params": ("auto", "fixed", "free", "ada", "ortho", "lift"),
-    "undecimated": ("auto", "yes", "no", "decoder"), "inner": ("attention", "wersa", "fourier"),
-    "pool": ("mean", "cls", "token"), "feature_map": ("relu", "exp")}  # and mixer, below
+    "undecimated": ("auto", "yes", "no", "decoder")}  # and mixer, below
 
 def wide(x):  # half precision becomes float32, where sums over T belong; float64 stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -175,8 +175,9 @@ class Attention(nn.Module):
             return self.out(attend(q, k, v, as_mask(mask), self.causal, self.window))
         k, v = torch.cat((state[1], k), 2), torch.cat((state[2], v), 2)
         y = self.out(attend(q, k, v, None, True, self.window))
-        start = max(k.size(2) - self.window + 1, 0) if self.window > 0 else 0
-        return y, (t + x.size(1), k[:, :, start:], v[:, :, start:])
+        if self.window > 0:  # a view would keep all of k
+            k, v = (u[:, :, max(u.size(2) - self.window + 1, 0):].clone() for u in (k, v))
+        return y, (t + x.size(1), k, v)
 
 class Fourier(nn.Module):
     """FNet (arXiv 2105.03824): the real part of a 2-D FFT, of each row at its own length. Encoder only."""
@@ -472,8 +473,7 @@ class Haar(nn.Module):
 class Wavspa(nn.Module):
     """WavSpA (arXiv 2210.01989, eq. 3): y = IDWT(attend(DWT(x))), every band attended.
     Differs from the paper: an exact inverse (theirs flips channels, not taps); rows wrap at their own ends;
-    one attention for all bands, told apart by an embedding (--wavspa_shared=False: one each); a causal form:
-    the undecimated bands, each attended, added up, which costs L + 1 times T tokens."""
+    one attention for all bands, told apart by an embedding; a causal form, undecimated, at cost L + 1."""
     def __init__(self, cfg, causal=False):
         super().__init__()
         self.L, self.causal, self.undecimated = cfg.n_levels, causal, cfg.is_undecimated(causal)
@@ -547,7 +547,7 @@ def read_causally(q, k, v, S, R, kind):
         fq, fk = features(q, R, kind, True), features(k, R, kind)
         S = torch.cat((S[:, :, None], fk @ v), 2).cumsum(2)  # before each chunk, and after all
         y = fq @ S[:, :, :-1] + (fq @ fk).tril() @ v  # earlier chunks, and a triangle for its own
-        return y.flatten(2, 3), S[:, :, -1]
+        return y.flatten(2, 3), S[:, :, -1].clone()
     T, ys = q.size(2), []
     whole = (T + CHUNK - 1) // CHUNK * CHUNK  # padded behind, where nobody looks
     q, k, v = (F.pad(u, (0, 0, 0, CHUNK))[:, :, :whole] for u in (q, k, v))
@@ -602,7 +602,7 @@ class Wersa(Attention):
             if self.causal:
                 sums = total + q.cumsum(1)
                 mean = sums / torch.arange(t + 1, t + T + 1, device=x.device)[:, None]
-                total = sums[:, -1:]
+                total = sums[:, -1:].clone()
             else:
                 mean = q.sum(1, keepdim=True) / wide(real).sum(1, keepdim=True).clamp(min=1)
             qk, past = self.weigh(qk, mean.to(x.dtype), mask, past)
@@ -867,7 +867,7 @@ class WaveletTransformer(nn.Module):
         outlasts its shortest row by the token."""
         check(temperature >= 0, f"--temperature={temperature} must be at least 0")
         check(top_k is None or top_k >= 1, f"--top_k={top_k} must be at least 1")
-        check(idx.size(1) >= 1, "generate starts from at least one token")
+        check(idx.size(1) >= 1 and max_new_tokens >= 0, "generate takes a token or more and adds 0 or more")
         was_training, n = self.training, lengths(as_mask(idx != self.config.pad_id))
         stop = n + max_new_tokens  # where each row ends
         ids, t, end = F.pad(idx, (0, max_new_tokens), value=self.config.pad_id), 0, int(n.min())

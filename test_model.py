@@ -1030,6 +1030,16 @@ def test_bad_configuration(text):  # catches: an assertion or an index error dee
         config(text.replace(";", " "))
 
 
+@each("text", lines("attention | attention window=8 | haar | haar wavelet=db2 levels=3 | wersa | wersa levels=0 | wavspa window=8"))
+def test_state_keeps_no_prompt(text):  # catches: a state that is a view, which holds all of a long prompt in memory
+    m = mixer(text)
+    with torch.no_grad():
+        _, state = m(rand(1, 100, 16), state=m.init_state(1))
+    for u in tree_leaves(state):
+        if isinstance(u, torch.Tensor):
+            assert u.untyped_storage().nbytes() == u.numel() * u.element_size()
+
+
 def test_bad_calls():  # catches: a silent crop, an index error, a check that is skipped when a field is set later
     cfg, m = config(), transformer("haar pos=learned", block_size=12)
     cfg.dropout = 1.0
@@ -1040,7 +1050,8 @@ def test_bad_calls():  # catches: a silent crop, an index error, a check that is
            "--block_size": lambda: m(tokens(2, 13)), "13 tokens": lambda: m.generate(tokens(2, 2), 12),
            "--temperature": lambda: m.generate(tokens(2, 2), 1, temperature=-1.0),
            "--top_k": lambda: m.generate(tokens(2, 2), 1, top_k=0),
-           "at least one token": lambda: m.generate(tokens(2, 0), 1),
+           "a token or more": lambda: m.generate(tokens(2, 0), 1),
+           "adds 0 or more": lambda: m.generate(tokens(2, 4), -1),
            "--beam": lambda: beam_search(transformer("haar", "encdec"), SOURCE, 1, 2, 5, beam=0)}
     for words, call in bad.items():
         with pytest.raises(ValueError, match=words):
