@@ -702,44 +702,40 @@ class Aligned(CrossAttention):
         if cfg.cross_kind == "place":
             self.c_q, self.c_kv = None, nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def digest(self, memory, mask=None):  # -> a level: block means (B, S / 2^l, 2C or C), any real; lengths
+    def digest(self, memory, mask=None):  # -> (B, S + 1, 2C + 1): keys, values and ones, added up; lengths
         real = memory.new_ones(memory.shape[:2]) if mask is None else as_mask(mask).to(memory.dtype)
-        total, count = wide(self.c_kv(memory)) * real[..., None], wide(real)[..., None]
-        levels = [(total, real > 0)]
-        for l in range(self.L):
-            K = -(-memory.size(1) // 2 ** (l + 1))
-            pairs = [F.pad(u, (0, 0, 0, 1))[:, :2 * K].unflatten(1, (K, 2)) for u in (total, count)]
-            total, count = (u.sum(2) for u in pairs)
-            levels.append((total / count.clamp(min=1), count[..., 0] > 0))
-        return levels, lengths(real > 0)
+        kv = F.pad(wide(self.c_kv(memory)), (0, 1), value=1.0) * real[..., None]
+        return F.pad(kv.cumsum(1), (0, 0, 1, 0)), lengths(real > 0)
 
     def read(self, x, source, t=0):
-        # a chunk of c targets shares the rows that any of them may look at; each sees its own by a mask
-        (levels, n), (T, C), H = source, x.shape[1:], self.n_head
+        # a chunk of c targets shares the blocks that any of them may look at; each sees its own by a mask
+        (sums, n), (T, C), H = source, x.shape[1:], self.n_head
         c = 1 if T == 1 else self.chunk
-        x = F.pad(x, (0, 0, 0, c - 1))[:, :(T + c - 1) // c * c].unflatten(1, (-1, c))  # (B, chunks, c, C)
+        x = F.pad(x, (0, 0, 0, c))[:, :(T + c - 1) // c * c].unflatten(1, (-1, c))  # (B, chunks, c, C)
         at = (torch.arange(t, t + x.size(1) * c, device=x.device) * self.ratio).long()
         at = at.minimum(n[:, None] - 1).unflatten(1, (-1, c))  # (B, chunks, c): each target's place
-        rows, slots, first = [], [], 0
-        for l, ((table, real), w) in enumerate(zip(levels, self.reach)):
-            width = 2 * w + 2 + int(c * self.ratio) // 2 ** l
-            j = (at[:, :, :1] >> l) - w + torch.arange(width, device=x.device)  # (B, chunks, width)
-            slot = j[:, :, None] - (at[..., None] >> l) + w  # (B, chunks, c, width)
-            inside = j.clamp(0, table.size(1) - 1)
-            there = (j == inside) & real.gather(1, inside.flatten(1)).view_as(j)
-            slots.append(torch.where((slot >= 0) & (slot <= 2 * w) & there[:, :, None], slot + first, -1))
-            rows.append(pick(table, inside.flatten(1)).unflatten(1, j.shape[1:]))
+        edges, first = [], 0  # of the blocks, each with its level, place, level's reach and first candidate
+        for l, w in enumerate(self.reach):
+            edges += [(l, i, w, first + w) for i in range(-w, w + 3 + int(c * self.ratio) // 2 ** l)]
             first += 2 * w + 1
-        slot = torch.cat(slots, -1)[:, :, None]  # (B, chunks, 1, c, R)
-        kv = torch.cat(rows, 2).unflatten(-1, (-1, H, C // H)).transpose(2, 4)  # (B, chunks, H, kv, R, dh)
+        level, place, reach, first = torch.tensor(edges, device=x.device).unbind(1)  # (R + 1,)
+        j = (at[:, :, :1] >> level) + place  # (B, chunks, R + 1)
+        before = pick(sums, (j << level).clamp(0, sums.size(1) - 1).flatten(1)).unflatten(1, j.shape[1:])
+        block = before[:, :, 1:] - before[:, :, :-1]  # (B, chunks, R, 2C + 1), 0 beyond the ends
+        kv, count = block.split([block.size(-1) - 1, 1], -1)
+        kv = (kv / count.clamp(min=1)).unflatten(-1, (-1, H, C // H)).transpose(2, 4)
+        far = j[:, :, None, :-1] - (at[..., None] >> level[:-1])  # (B, chunks, c, R) in blocks
+        seen = (far.abs() <= reach[:-1]) & (count.mT > 0) & (level[1:] == level[:-1])
+        slot = torch.where(seen, far + first[:-1], -1)[:, :, None]  # (B, chunks, 1, c, R)
         logits = wide(self.place(x)).unflatten(-1, (H, -1)).transpose(2, 3)
         logits = logits.gather(-1, slot.clamp(min=0).expand(-1, -1, H, -1, -1))  # (B, chunks, H, c, R)
         if self.c_q is not None:
             q = wide(self.c_q(x)).unflatten(-1, (H, -1)).transpose(2, 3)
-            logits = logits + q @ kv[:, :, :, 0].mT / math.sqrt(C // H)
+            logits = logits + q @ kv[:, :, :, 0].mT / math.sqrt(C // H)  # kv (B, chunks, H, k or v, R, dh)
         weights = logits.masked_fill(slot < 0, -1e9).softmax(-1)
-        y = (weights @ kv[:, :, :, -1]).transpose(2, 3)  # (B, chunks, c, H, dh)
-        return self.c_proj(y.flatten(3).flatten(1, 2)[:, :T].to(x.dtype))
+        y = (weights @ kv[:, :, :, -1]).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, chunks * c, C)
+        y = y[:, :T].to(x.dtype).clone(memory_format=torch.contiguous_format)  # never a view: one graph
+        return self.c_proj(y)
 
 CROSSES = {"attention": CrossAttention, "wersa": CrossWersa, "aligned": Aligned, "place": Aligned}
 
