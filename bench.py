@@ -386,8 +386,8 @@ def speed(args):
     runs = load_runs(args.json) if args.json else []  # a bad file is found before the work
     if args.first:
         load_library(args.first, "first_edition")
-    print("  ".join(f"{k} {v}" for k, v in card.items()))
     names, jobs, cells = chosen(SPEED, args.only), [], []
+    print("  ".join(f"{k} {v}" for k, v in card.items()))
     names += {SPEED[name][2] for name in names} - {None, *names}
     more = dict(card, first=args.first, first_at=args.first and (AT if AT in lengths else lengths[-1]))
     for name in names:
