@@ -547,7 +547,7 @@ def score(split, found, limit, beam=1, T=T_max):
     if meta["metric"] == "exact":
         return sum(a == b for a, b in zip(answers, tgt)) / len(tgt)
     import sacrebleu
-    bleu = sacrebleu.metrics.BLEU()
+    bleu = sacrebleu.metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"))
     result = bleu.corpus_score(answers, [tgt]).score
     if limit >= meta["splits"][split]["rows"]:
         say(f"sacreBLEU signature: {bleu.get_signature()}")
