@@ -6,6 +6,7 @@ Turns a data set into a folder of token files that train.py memory-maps.
     python prepare_data.py --dataset=wmt16 --source=DIR                # from a copy in the hub's own layout
     python prepare_data.py --dataset=parallel --source=train.en,train.de
     python prepare_data.py --dataset=text --source=my.txt [--tokenizer=bytes]
+    python prepare_data.py --dataset=table --source=my.csv             # CSV, TSV, JSONL: --text=, --label=
     python prepare_data.py --dataset=imdb
 
 Afterwards data/NAME holds meta.json (sizes, tokenizer, settings) and, for a decoder, train.bin, one stream;
@@ -18,6 +19,7 @@ import argparse
 import array
 import base64
 import contextlib
+import csv
 import difflib
 import glob
 import hashlib
@@ -310,11 +312,11 @@ def write_encdec(out, metric, splits, skipped, vocab_size=None, rows=None, cap=2
     ratio = stats["train"]["tokens"][0] / stats["train"]["tokens"][1]
     return {**describe("encdec", metric, tok, size, stats, skipped), "ratio": ratio, "bleu_tokenizer": bleu}
 
-def write_labelled(out, spec, splits, block_size, **meta):
+def write_labelled(out, spec, splits, block_size, skipped=(), **meta):
     """From {split: (ids, lengths, labels)}, or with groups behind, to a ragged file of tokens and its labels,
     one a row or one a token (-1: nothing is asked there). Groups, one a label, are what the accuracy is split
     by. An empty row is skipped, a long one is the loader's to cut."""
-    tok, stats, skipped = Tokenizer(spec), {}, {}
+    tok, stats, skipped = Tokenizer(spec), {}, dict(skipped)
     for split, (ids, lengths, *labels) in splits.items():
         full, of_rows = lengths > 0, len(labels[0]) == len(lengths)
         if not of_rows and len(labels[0]) != len(ids):
@@ -467,9 +469,20 @@ def text(out, source, tokenizer="gpt2"):
                         "trivial": {"token frequencies": float(bits.sum() / sizes[split])}}
     return {**describe("decoder", "bpb", tok, 256, stats, skipped), "bytes": sizes}
 
-def write_texts(out, tokenizer, splits, block_size, classes, min_len=0):
+def bag_of_words(splits):
+    """TF-IDF + logistic regression, from {split: (texts, labels)} to {split: accuracy}."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        words, line = TfidfVectorizer(token_pattern=r"\w+"), LogisticRegression(max_iter=1000)
+        line.fit(words.fit_transform(splits["train"][0]), splits["train"][1])
+        return {split: line.score(words.transform(texts), y) for split, (texts, y) in splits.items()}
+    except (ImportError, ValueError):  # not installed; no words, or one class only
+        return {}
+
+def write_texts(out, tokenizer, splits, block_size, classes, min_len=0, skipped=()):
     """From {split: [(text, label)]} to files, without the texts of fewer than min_len tokens."""
-    tok, skipped = Tokenizer({"kind": tokenizer}), {}
+    tok, skipped, known, longest = Tokenizer({"kind": tokenizer}), dict(skipped), {}, 0
     for split, pairs in splits.items():
         texts, labels = zip(*pairs)
         texts = [plain(text) for text in texts]
@@ -480,8 +493,55 @@ def write_texts(out, tokenizer, splits, block_size, classes, min_len=0):
         if min_len:
             skipped[f"{split}: shorter than {min_len} tokens, left out"] = int((~keep).sum())
         splits[split] = ids[np.repeat(keep, lengths)], lengths[keep], np.array(labels)[keep]
-    meta = write_labelled(out, tok.spec, splits, block_size, classes=classes)
-    return {**meta, "skipped": {**skipped, **meta["skipped"]}}
+        longest = max(longest, lengths.max())
+        known[split] = [text for text, long in zip(texts, keep) if long], splits[split][2]
+    block_size = min(block_size, int(longest) // 8 * 8 + 8)
+    meta = write_labelled(out, tok.spec, splits, block_size, skipped, classes=classes)
+    for split, accuracy in bag_of_words(known).items():
+        meta["splits"][split]["trivial"]["TF-IDF + logistic regression"] = accuracy
+    return meta
+
+def read_table(path, *columns):
+    """Columns of a CSV, TSV or JSONL file, a list a row; which of these it is shows in its first line."""
+    lines, rows = read_text(path, empty=False).split("\n"), []
+    head, is_json = lines[0], lines[0].startswith("{")
+    delimiter = max(",;\t", key=head.count)
+    quoting = csv.QUOTE_MINIMAL
+    if '"' not in head and all(line.count("\t") == head.count("\t") > 0 for line in lines if line.strip()):
+        quoting = csv.QUOTE_NONE  # in a TSV whose lines are its rows a quotation mark is one of the text's
+    csv.field_size_limit(2**31 - 1)
+    source = io.StringIO("\n".join(lines), newline="")
+    records = csv.DictReader(source, delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        for row in map(json.loads, filter(str.strip, lines)) if is_json else records:
+            rows.append([row.get(column) for column in columns])
+            fits = is_json or None not in row and None not in row.values()
+            check(fits, f"{path}: row {len(rows)} has more or fewer fields than the first line names")
+    except (ValueError, AttributeError, csv.Error) as e:
+        raise SystemExit(f"{path}: row {len(rows) + 1} cannot be read ({e})")
+    for i, column in enumerate(columns):
+        check(any(row[i] is not None for row in rows), f"{path} has no {column} in its rows, the first line "
+              f"is {head[:100].strip()}: name the columns with --text= and --label=")
+    return rows
+
+def table(out, source, text="text", label="label", tokenizer="bytes", seed=1337, rows=None, held_out=None):
+    """Your own labelled texts: train.csv, or train.csv,test.csv, or train.csv,val.csv,test.csv."""
+    paths = source.split(",")
+    check(len(paths) <= 3, f"--source names {len(paths)} files: give train.csv, or with it val.csv, test.csv")
+    names = [("train",), ("train", "test"), ("train", "val", "test")][len(paths) - 1]
+    splits = {split: read_table(path, text, label) for split, path in zip(names, paths)}
+    splits, skipped = own(splits, seed, held_out)
+    splits["train"] = splits["train"][:rows]
+    trained = {name for _, name in splits["train"]}
+    classes = trained.union(name for split in ("val", "test") for _, name in splits[split])
+    classes = sorted(classes, key=lambda name: (name.isdigit() * len(name), name))  # 2 before 10
+    check(1 < len(trained) <= max(2, len(splits["train"]) // 2), f"{len(trained)} different labels in "
+          f"{len(splits['train'])} rows of train teach nothing: is --label={label} the right column?")
+    for split, pairs in splits.items():
+        splits[split] = [(words, classes.index(name)) for words, name in pairs]
+    never = ", ".join(name for name in classes if name not in trained)
+    return {**write_texts(out, tokenizer, splits, 1024, classes, skipped=skipped),
+            "note": f"train has no row of the labels {never}" if never else ""}
 
 def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes"):
     """IMDB reviews as bytes or GPT-2's BPE, negative or positive."""
@@ -748,7 +808,7 @@ def pathfinder(out, seed=1337, rows=160_000, size=32):
     return write_images(out, splits, ["apart", "connected"])
 
 DATASETS = {data_set.__name__: data_set for data_set in (
-    numbers, multi30k, wmt16, text, parallel, listops, lego, recall, pathfinder, imdb, cifar10, arxiv)}
+    numbers, multi30k, wmt16, text, parallel, table, listops, lego, recall, pathfinder, imdb, cifar10, arxiv)}
 
 # ---- what train.py and sample.py import ----
 def crc32(path):  # of a file, a block at a time
@@ -986,9 +1046,11 @@ def main():
     parser = Parser(description=__doc__)
     parser.add("--dataset", default="numbers", help=", ".join(DATASETS))
     parser.add("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
+    parser.add("--text", help="table: the column of the texts [text]")
+    parser.add("--label", help="table: the column of the labels [label]")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
     parser.add("--vocab_size", int, "ids of the trained BPE, special ones included", 1, 2**24)
-    parser.add("--tokenizer", choices=["gpt2", "bytes"], help="for text, arxiv [gpt2] and imdb [bytes]")
+    parser.add("--tokenizer", choices=["gpt2", "bytes"], help="text, arxiv [gpt2], table, imdb [bytes]")
     parser.add("--rows", int, "use only so many training rows", 1, 10**9)
     held = "rows of each, val and test, where they are drawn from your rows [a tenth, at most 2,000]"
     parser.add("--held_out", int, held, 1, 10**9)

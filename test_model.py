@@ -1316,6 +1316,19 @@ def test_a_strangers_checkpoint_runs_nothing(work):
     assert "9d7600d" in said and len(said.strip().splitlines()) == 1
 
 
+@each("encoding", ("ascii", "cp1252"))
+def test_what_the_terminal_cannot_show(work, tmp_path, encoding):
+    # catches: a traceback after the work, an answer that has become question marks
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{('schön', '猫')[i % 2]} {i},{('gut', '好い')[i % 2]}\n" for i in range(60)), encoding="utf-8")
+    def said(script, *flags):
+        p = subprocess.run([sys.executable, os.path.join(HERE, script), *flags], cwd=tmp_path, env=dict(os.environ, PYTHONIOENCODING=encoding), capture_output=True)
+        assert p.returncode == 0 and b"Traceback" not in p.stderr, p.stderr
+        return p.stdout.decode(encoding)
+    assert "\\u732b" in said("prepare_data.py", "--dataset=table", "--source=t.csv")
+    run("train.py", *TINY, "--dataset=table", "--mixer=haar", "--max_iters=60", "--learning_rate=1e-2", "--log_interval=50", cwd=tmp_path)
+    assert said("sample.py", "--start=猫 7", "--device=cpu").startswith("\\u597d\\u3044\t")
+
+
 def test_flags_that_the_model_cannot_follow(work):
     # catches: a table of positions read behind its end, two flags of which one is silently idle
     run("train.py", *TINY, "--mixer=haar", "--pos=learned", "--max_iters=1", "--out_dir=learned", cwd=work)
@@ -2027,7 +2040,8 @@ def test_no_row_of_test_is_trained_on(tmp_path):
     # catches: rows that repeat on both sides of a split, unsaid; one test row of 150 pairs; a score on few rows without a word
     rows = [f"sentence {i % 300}" for i in range(900)]
     (tmp_path / "a").write_text("\n".join(rows)), (tmp_path / "b").write_text("\n".join(f"Satz {i}" for i in range(900)))
-    for name, source in (("parallel", f"{tmp_path}/a,{tmp_path}/b"),):
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(dict(text=row, label=i % 2)) for i, row in enumerate(rows)))
+    for name, source in (("parallel", f"{tmp_path}/a,{tmp_path}/b"), ("table", f"{tmp_path}/c.jsonl")):
         said = run("prepare_data.py", f"--dataset={name}", f"--source={source}", *["--vocab_size=270"] * (name == "parallel"), cwd=tmp_path)
         meta, tok, seen = prepare_data.load_meta(tmp_path / "data" / name), None, {}
         for split in ("train", "val", "test"):
@@ -2050,6 +2064,62 @@ def test_no_row_of_test_is_trained_on(tmp_path):
     train, val, test = (tok.decode(np.fromfile(f"{folder}/{split}.bin", meta["dtype"])).split("\n") for split in ("train", "val", "test"))
     assert not {line for line in train if len(line) >= 20} & {*val, *test} and train.count("KING:") > 900
     assert meta["skipped"] == {"train: lines that stand in val or test, left out": 40}
+
+
+@each("kind", ["csv", "tsv", "jsonl", "semicolons"])
+def test_a_table_of_labelled_texts(tmp_path, kind, monkeypatch):
+    # catches: a quotation mark that swallows rows, a number for a label's name, a majority class that scores well
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    names, rows = ["bad film", "10", "9"], []
+    for i in range(400):
+        quote = {"csv": '"so, ', "semicolons": '"so; ', "tsv": '"so ', "jsonl": "so,\t"}[kind]
+        rows.append((f'{quote}{("dull ", "grand ", "fair ")[i % 3] * 3}{i}', names[i % 3], i))
+    with open(tmp_path / "mine", "w", encoding="utf-8-sig", newline="") as f:
+        if kind == "jsonl":
+            f.writelines(json.dumps(dict(review=text, stars=label, n=n)) + "\n" for text, label, n in rows)
+        elif kind == "tsv":                                    # as many are: a quotation mark is a mark
+            f.write("review\tstars\tn\n" + "".join(f"{text}\t{label}\t{n}\n" for text, label, n in rows))
+        else:
+            csv.writer(f, delimiter=";" if kind == "semicolons" else ",").writerows([("review", "stars", "n"), *rows, ("", "9", 0)])
+    flags = ["--dataset=table", "--source=mine", "--text=review", "--label=stars"]
+    run("prepare_data.py", *flags, "--held_out=60", cwd=tmp_path)
+    meta = prepare_data.load_meta(tmp_path / "data" / "table")
+    assert meta["classes"] == ["bad film", "9", "10"] and [meta["splits"][s]["rows"] for s in ("train", "val", "test")] == [280, 60, 60]
+    if kind != "csv":
+        return
+    said = run("train.py", *TINY, "--dataset=table", "--mixer=haar", "--max_iters=100", "--log_interval=50", "--eval_interval=50", "--learning_rate=1e-2", cwd=tmp_path)
+    result = json.load(open(tmp_path / "out" / "result.json"))["test"]
+    assert "test accuracy 1.0" in said and "test AUC 1.0000, macro F1 1.0000" in said and result["f1"] == 1
+    for words, label in (("dull dull dull 5", "bad film"), ("fair\tfair fair 5", "9")):
+        assert run("sample.py", f"--start=so, {words}", "--device=cpu", cwd=tmp_path).startswith(label + "\t")
+
+
+def test_macro_f1_and_the_bag_of_words(tmp_path):
+    # catches: a mean over rows, a class that is only guessed left out, a score without what a bag of words gets
+    scope = dict(np=np)
+    exec(re.search(r"def macro_f1.*?(?=\n\n\S)", open(os.path.join(HERE, "train.py"), encoding="utf-8").read(), re.S)[0], scope)
+    guess, answer = np.array([0, 0, 0, 2, 1]), np.array([0, 0, 1, 1, 1])
+    assert abs(scope["macro_f1"](guess, answer) - (4 / 5 + 2 / 4 + 0) / 3) < 1e-12
+    splits = {split: ([f"{('dull', 'grand')[i % 2]} {i}" for i in range(n)], np.arange(n) % 2) for split, n in (("train", 80), ("test", 20))}
+    pytest.importorskip("sklearn")
+    assert prepare_data.bag_of_words(splits)["test"] == 1
+
+
+def test_tables_that_cannot_be_used_are_one_line(tmp_path):
+    # catches: a traceback of the csv module, a column of numbers taken for labels, a row that lost a field
+    good = "text,label\n" + "".join(f"row {i},{'ab'[i % 2]}\n" for i in range(40))
+    for content, words in (("", "is empty"), ("text,mark\nx,1\n", "no label in its rows"), ("text,label\n", "no text in its rows"),
+                           (good + "x\n", "row 41 has more or fewer"), (good + "x,a,b\n", "row 41 has more or fewer"), (good + '"x,a\n', "row 41 cannot be read"),
+                           ('{"text": "x", "label": 1}\n{"text": \n', "row 2 cannot be read"), ('{"text": "x", "label": 1}\n[1]\n', "row 2 cannot be read"),
+                           (good.replace(",b", ",a"), "1 different labels"), ("text,label\n" + "".join(f"row {i},{i / 7}\n" for i in range(40)), "right column"),
+                           ("text,label\nx,a\ny,b\n", "too few to hold out")):
+        (tmp_path / "t.csv").write_text(content)
+        said = run("prepare_data.py", "--dataset=table", "--source=t.csv", cwd=tmp_path, code=1)
+        assert words in said and len(said.strip().splitlines()) == 1, said
+    (tmp_path / "t.csv").write_text(good), (tmp_path / "v.csv").write_text("text,label\nnew,c\n")
+    said = run("prepare_data.py", "--dataset=table", "--source=t.csv,v.csv", cwd=tmp_path)
+    assert "train has no row of the labels c" in said
+    assert os.listdir(tmp_path / "data") == ["table"]
 
 
 # -----------------------------------------------------------------------------
