@@ -511,7 +511,7 @@ def read_table(path, *columns):
         quoting = csv.QUOTE_NONE  # in a TSV whose lines are its rows a quotation mark is one of the text's
     csv.field_size_limit(2**31 - 1)
     source = io.StringIO("\n".join(lines), newline="")
-    records = csv.DictReader(source, delimiter=delimiter, quoting=quoting, strict=True)
+    records = csv.DictReader(source, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
     try:
         for row in map(json.loads, filter(str.strip, lines)) if is_json else records:
             rows.append([row.get(column) for column in columns])
