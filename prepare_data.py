@@ -426,7 +426,7 @@ def wmt16(out, source=None, vocab_size=16_000, rows=None):
     splits, _ = hub(source, "wmt/wmt16", files, lambda row: [row["translation"][x] for x in ("en", "de")])
     return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows)
 
-def parallel(out, source, vocab_size=8000, seed=1337, rows=None, held_out=None):
+def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None):
     """Your own two files whose lines belong together; the first is translated into the second."""
     paths, splits = source.split(","), {}
     check(len(paths) in (2, 6), f"--source names {len(paths)} file(s): give train.en,train.de or these, "
@@ -438,7 +438,10 @@ def parallel(out, source, vocab_size=8000, seed=1337, rows=None, held_out=None):
             raise SystemExit(f"{a} has {len(src)} lines and {b} has {len(tgt)}: they seem to part near line "
                              f"{first_gap(src, tgt) + 1}")
         splits[split] = list(zip(src, tgt))
-    return write_encdec(out, "bleu", *own(splits, seed, held_out), vocab_size, rows)
+    splits, skipped = own(splits, seed, held_out)
+    letters = sum(len(text) for pair in splits["train"][:rows] for text in pair)
+    vocab_size = vocab_size or min(8000, 259 + letters // 1000)  # more are not learned
+    return write_encdec(out, "bleu", splits, skipped, vocab_size, rows)
 
 def text(out, source, tokenizer="gpt2"):
     """Any plain text, for a decoder: 90 % train, 5 % val, 5 % test, in its order, cut at line breaks."""

@@ -2055,8 +2055,9 @@ def test_no_row_of_test_is_trained_on(tmp_path):
         prepare_data.prepare("parallel", str(tmp_path / "six"), source=six)
     with pytest.raises(SystemExit, match="--held_out is for"):
         prepare_data.prepare("parallel", str(tmp_path / "six"), source=six, held_out=5)
-    folder = prepare_data.prepare("parallel", str(tmp_path / "more"), source=f"{tmp_path}/a,{tmp_path}/b", held_out=100, vocab_size=270)
-    assert prepare_data.load_meta(folder)["splits"]["test"]["rows"] == 100
+    folder = prepare_data.prepare("parallel", str(tmp_path / "more"), source=f"{tmp_path}/a,{tmp_path}/b", held_out=100)
+    meta = prepare_data.load_meta(folder)
+    assert meta["splits"]["test"]["rows"] == 100 and 259 < meta["vocab_size"] < 280  # some thousand letters do not teach 8,000 ids
     whole = [f"a line of text, the {i}th of all\n" if i % 2 else "KING:\n" for i in range(2000)]
     (tmp_path / "t").write_text("".join(whole + whole[-20:] + whole[:80]))
     folder = prepare_data.prepare("text", str(tmp_path / "data"), source=str(tmp_path / "t"), tokenizer="bytes")
