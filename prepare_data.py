@@ -515,8 +515,10 @@ def read_table(path, *columns):
     csv.field_size_limit(2**31 - 1)
     source = io.StringIO("\n".join(lines), newline="")
     records = csv.DictReader(source, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
+    if is_json:
+        records = map(json.loads, filter(str.strip, lines))
     try:
-        for row in map(json.loads, filter(str.strip, lines)) if is_json else records:
+        for row in records:
             rows.append([row.get(column) for column in columns])
             fits = is_json or None not in row and None not in row.values()
             check(fits, f"{path}: row {len(rows)} has more or fewer fields than the first line names")
