@@ -6,6 +6,7 @@ Turns a data set into a folder of token files that train.py memory-maps.
     python prepare_data.py --dataset=wmt16 --source=DIR                # from a copy in the hub's own layout
     python prepare_data.py --dataset=parallel --source=train.en,train.de
     python prepare_data.py --dataset=text --source=my.txt [--tokenizer=bytes]
+    python prepare_data.py --dataset=table --source=my.csv             # CSV, TSV, JSONL: --text=, --label=
     python prepare_data.py --dataset=imdb
 
 Afterwards data/NAME holds meta.json (sizes, tokenizer, settings) and, for a decoder, train.bin, one stream;
@@ -18,6 +19,7 @@ import argparse
 import array
 import base64
 import contextlib
+import csv
 import difflib
 import glob
 import hashlib
@@ -71,6 +73,18 @@ def within(seconds, call):  # its result, or None if it fails or hangs: silent f
 
 # ---- tokenizers ----
 
+def plain(text):
+    """A row of text as models are trained on it and asked: one blank wherever there is any white space, be it
+    a tab, a no-break or an ideographic space, or a line separator."""
+    return " ".join(("" if text is None else str(text)).split())
+
+def pieces(text):
+    """Parts of at most 50,000 characters, as a BPE gives up on a longer run; cut where a line begins, if one
+    does, since tokenizers cut there too."""
+    if len(text) <= 50_000:
+        return [text]
+    return re.findall(r"(?s).{1,50000}(?<=[^\n]\n)(?=\S)|.{1,50000}", text)
+
 class Tokenizer:
     """Text to ids and back, made from the plain dict that meta.json and every checkpoint carry."""
 
@@ -97,8 +111,9 @@ class Tokenizer:
             for word in text.split():
                 check(word in self.words, f"{word!r} is no word of this data set, which knows only: {known}")
             return [self.words.index(word) + N_SPECIAL for word in text.split()]
-        raw = self.bpe.encode_ordinary(text) if self.bpe else text.encode("utf-8", "replace")
-        return [t + N_SPECIAL for t in raw]
+        if self.bpe is None:
+            return [t + N_SPECIAL for t in text.encode("utf-8", "replace")]
+        return [t + N_SPECIAL for piece in pieces(text) for t in self.bpe.encode_ordinary(piece)]
 
     def decode(self, ids):
         raw = [int(i) - N_SPECIAL for i in ids if N_SPECIAL <= i < self.vocab_size]
@@ -118,7 +133,7 @@ class Tokenizer:
 def train_bpe(sides, vocab_size):  # joint: names and numbers, alike in both languages, get the same ids
     check(vocab_size >= 259, f"--vocab_size={vocab_size} is too small: 256 bytes and 3 special ids make 259")
     bpe = need("rustbpe").Tokenizer()
-    texts = [text for side in sides for text in side]
+    texts = [piece for side in sides for text in side for piece in pieces(text)]
     with tqdm(texts, "train bpe", unit="row", leave=False) as bar:  # dying in there it would eat a Ctrl-C
         bpe.train_from_iterator(bar, vocab_size - N_SPECIAL, pattern=PATTERN)
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])
@@ -219,28 +234,64 @@ def describe(arch, metric, tok, block_size, splits, skipped):  # what meta.json 
             "tokenizer": tok.spec, "block_size": block_size, "splits": splits,
             "skipped": {what: n for what, n in skipped.items() if n}}
 
-def copied(metric, sources, targets):  # what the sources score as translations of themselves
+def bleu_tokenizer(texts):
+    """sacreBLEU's tokenizer for this script: its own, 13a, takes a line of Chinese or Thai for one word."""
+    letters = "".join(texts)
+    han = len(re.findall("[\u3400-\u9fff\U00020000-\U0003ffff]", letters))
+    # Thai, Lao, Tibetan, Burmese; Khmer; kana
+    others = len(re.findall("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff]", letters))
+    if han + others < len(letters) / 3:
+        return "13a"
+    return "zh" if others < han / 10 else "char"
+
+def copied(metric, sources, targets, tokenizer):  # what the sources score as translations of themselves
     if metric == "bleu":
-        return need("sacrebleu").corpus_bleu(sources[:2000], [targets[:2000]]).score
+        bleu = need("sacrebleu").metrics.BLEU(tokenize=tokenizer)
+        return bleu.corpus_score(sources[:2000], [targets[:2000]]).score
     return float(np.mean([a == b for a, b in zip(sources, targets)]))
 
-def write_encdec(out, metric, splits, vocab_size=None, rows=None, seed=None, cap=256):
-    """From {split: pairs of text} to files of BPE tokens, or without vocab_size of bytes. A seed draws val
-    and test from train. Train rows longer than cap are dropped, others left to the loader."""
-    skipped, stats = {}, {}
+def tidy(splits):  # {split: pairs of plain text}, both there, and {what was left out: how many}
+    full, skipped = {}, {}
     for split, pairs in splits.items():
-        pairs = [tuple(" ".join(str(text or "").splitlines()).strip() for text in pair) for pair in pairs]
-        splits[split] = [pair for pair in pairs if all(pair)]
-        skipped[f"{split}: one side empty"] = len(pairs) - len(splits[split])
-    if seed is not None:
-        pairs, k = splits["train"], max(1, min(2000, len(splits["train"]) // 100))
-        order = np.random.default_rng(seed).permutation(len(pairs))
-        for split, part in (("train", np.sort(order[2 * k:])), ("val", order[k:2 * k]), ("test", order[:k])):
-            splits[split] = [pairs[i] for i in part]
-    splits["train"] = splits["train"][:rows]
+        pairs = [tuple(map(plain, pair)) for pair in pairs]
+        full[split] = [pair for pair in pairs if all(pair)]
+        skipped[f"{split}: one side empty"] = len(pairs) - len(full[split])
+    return full, skipped
+
+def own(splits, seed, held_out):
+    """tidy for a user's own rows: test and val are drawn from train where they are not given, and what stands
+    in them is trained on nowhere, as its source leaves train with all its twins."""
+    splits, skipped = tidy(splits)
+    missing = [split for split in ("test", "val") if split not in splits]
+    first = {}  # of the rows with the same source
+    for i, (source, _) in enumerate(splits["train"]):
+        first.setdefault(source, i)
+    k = held_out or max(1, min(2000, len(first) // 10))
+    check(missing or not held_out, "--held_out is for what is drawn from train: leave it out")
+    check(k * len(missing) < len(first), f"{len(first)} different rows with text on both sides are too few "
+          f"to hold out {k} for each of {', '.join(missing)}")
+    order = np.random.default_rng(seed).permutation(list(first.values()))[:k * len(missing)]
+    for n, split in enumerate(missing):
+        splits[split] = [splits["train"][i] for i in order[n * k:(n + 1) * k]]
+    drawn, known = set(order), set()
+    splits["train"] = [row for i, row in enumerate(splits["train"]) if i not in drawn]
+    for split in ("test", "val", "train"):
+        kept = [row for row in splits[split] if row[0] not in known]
+        reason = f"{split}: same source as a row of val or test, left out"
+        skipped[reason] = len(splits[split]) - len(kept)
+        check(kept, f"no row is left for {split}, whose sources all stand in val or test")
+        splits[split] = kept
+        known.update(source for source, _ in kept)
+    return {split: splits[split] for split in ("train", "val", "test")}, skipped  # as files are written
+
+def write_encdec(out, metric, splits, skipped, vocab_size=None, rows=None, cap=256):
+    """From {split: tidy pairs} to files of BPE tokens, or without vocab_size of bytes. Train rows longer than
+    cap are dropped, others left to the loader."""
+    splits["train"], stats = splits["train"][:rows], {}
     for split, pairs in splits.items():
         check(pairs, f"too few rows with text on both sides: none is left for {split}")
         splits[split] = list(zip(*pairs))
+    bleu = bleu_tokenizer(splits["train"][1])
     tok = Tokenizer(train_bpe(splits["train"], vocab_size) if vocab_size else {"kind": "bytes"})
     for split, sides in splits.items():
         encoded = [tok.encode_rows(texts, f"{split}.{side}") for texts, side in zip(sides, ("src", "tgt"))]
@@ -251,7 +302,7 @@ def write_encdec(out, metric, splits, vocab_size=None, rows=None, seed=None, cap
         check(keep.any(), f"no {split} row is shorter than {cap} tokens")
         stats[split] = {"rows": int(keep.sum()), "tokens": [int(n[keep].sum()) for _, n in encoded],
                         "longest": [int(n[keep].max()) for _, n in encoded],
-                        "trivial": {"copy the source": copied(metric, *sides)}}
+                        "trivial": {"copy the source": copied(metric, *sides, bleu)}}
         for (ids, lengths), texts, side in zip(encoded, sides, ("src", "tgt")):
             write_ragged(out, f"{split}.{side}", ids[np.repeat(keep, lengths)], lengths[keep])
             if split != "train":
@@ -259,13 +310,13 @@ def write_encdec(out, metric, splits, vocab_size=None, rows=None, seed=None, cap
     longest = max(max(stats[split]["longest"]) for split in ("train", "val", "test"))  # not long's
     size = min(longest // 8 * 8 + 8, cap)  # the row and one special id, in multiples of 8
     ratio = stats["train"]["tokens"][0] / stats["train"]["tokens"][1]
-    return {**describe("encdec", metric, tok, size, stats, skipped), "ratio": ratio}
+    return {**describe("encdec", metric, tok, size, stats, skipped), "ratio": ratio, "bleu_tokenizer": bleu}
 
-def write_labelled(out, spec, splits, block_size, **meta):
+def write_labelled(out, spec, splits, block_size, skipped=(), **meta):
     """From {split: (ids, lengths, labels)}, or with groups behind, to a ragged file of tokens and its labels,
     one a row or one a token (-1: nothing is asked there). Groups, one a label, are what the accuracy is split
     by. An empty row is skipped, a long one is the loader's to cut."""
-    tok, stats, skipped = Tokenizer(spec), {}, {}
+    tok, stats, skipped = Tokenizer(spec), {}, dict(skipped)
     for split, (ids, lengths, *labels) in splits.items():
         full, of_rows = lengths > 0, len(labels[0]) == len(lengths)
         if not of_rows and len(labels[0]) != len(ids):
@@ -357,7 +408,7 @@ def numbers(out, seed=1337, rows=100_000):
     splits = {"train": train, "val": val, "test": test, "long": far}
     for split, values in splits.items():
         splits[split] = [(en(n), de(n)) for n in map(int, values)]
-    return {**write_encdec(out, "exact", splits, cap=np.inf),
+    return {**write_encdec(out, "exact", *tidy(splits), cap=np.inf),
             "note": "split long: 500 numbers of 7 to 9 digits, beyond the trained range"}
 
 STEMS = {"train": "train", "val": "validation", "test": "test"}  # what the hub calls them
@@ -367,15 +418,15 @@ def multi30k(out, source=None, vocab_size=4000, rows=None):
     """Multi30k image captions, English to German; test is test_2016_flickr, raw and cased."""
     files = {split: f"{split}.jsonl" for split in ("train", "val", "test")}
     splits, _ = hub(source, "bentrevett/multi30k", files, lambda row: (row["en"], row["de"]))
-    return write_encdec(out, "bleu", splits, vocab_size, rows)
+    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows)
 
 def wmt16(out, source=None, vocab_size=16_000, rows=None):
     """WMT16, English to German."""
     files = {split: f"de-en/{stem}-*.parquet" for split, stem in STEMS.items()}
     splits, _ = hub(source, "wmt/wmt16", files, lambda row: [row["translation"][x] for x in ("en", "de")])
-    return write_encdec(out, "bleu", splits, vocab_size, rows)
+    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows)
 
-def parallel(out, source, vocab_size=8000, seed=1337, rows=None):
+def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None):
     """Your own two files whose lines belong together; the first is translated into the second."""
     paths, splits = source.split(","), {}
     check(len(paths) in (2, 6), f"--source names {len(paths)} file(s): give train.en,train.de or these, "
@@ -387,20 +438,31 @@ def parallel(out, source, vocab_size=8000, seed=1337, rows=None):
             raise SystemExit(f"{a} has {len(src)} lines and {b} has {len(tgt)}: they seem to part near line "
                              f"{first_gap(src, tgt) + 1}")
         splits[split] = list(zip(src, tgt))
-    return write_encdec(out, "bleu", splits, vocab_size, rows, seed if len(paths) == 2 else None)
+    splits, skipped = own(splits, seed, held_out)
+    letters = sum(len(text) for pair in splits["train"][:rows] for text in pair)
+    vocab_size = vocab_size or min(8000, 259 + letters // 1000)  # more are not learned
+    return write_encdec(out, "bleu", splits, skipped, vocab_size, rows)
 
 def text(out, source, tokenizer="gpt2"):
     """Any plain text, for a decoder: 90 % train, 5 % val, 5 % test, in its order, cut at line breaks."""
     whole, tok = read_text(source, empty=False), Tokenizer({"kind": tokenizer})
-    start, stats, sizes = 0, {}, {}
+    start, parts, stats, sizes = 0, {}, {}, {}
     for split, percent in (("train", 90), ("val", 95), ("test", 100)):
         end = len(whole) * percent // 100
         if split != "test":
             end = whole.rfind("\n", max(0, end - 10_000), end) + 1 or end
-        part, start = whole[start:end], end
-        # pieces end where a line begins, so that they are cut where the tokenizer cuts too
-        ids, _ = tok.encode_rows(re.findall(r"(?s).{1,50000}(?<=[^\n]\n)(?=\S)|.{1,50000}", part), split)
-        check(len(ids) > 256, f"{source} is too short: its {split} split has {len(ids)} tokens and needs 257")
+        parts[split] = whole[start:end]
+        start = end
+    # a line of val or test leaves train; one of fewer than 20 characters, a name perhaps, may stand anywhere
+    held = {line for split in ("val", "test") for line in parts[split].split("\n") if len(line) >= 20}
+    lines = parts["train"].split("\n")
+    kept = [line for line in lines if line not in held]
+    parts["train"] = "\n".join(kept)
+    skipped = {"train: lines that stand in val or test, left out": len(lines) - len(kept)}
+    for split, part in parts.items():
+        ids, _ = tok.encode_rows(pieces(part), split)
+        check(len(ids) > 256, f"{source} is too short: its {split} split has {len(ids)} tokens and needs 257 "
+              f"after {len(lines) - len(kept)} lines of train that stand in val or test were left out")
         ids.tofile(out / f"{split}.bin")
         if split == "train":
             seen = np.bincount(ids, minlength=tok.vocab_size)[N_SPECIAL:] + 1
@@ -408,13 +470,25 @@ def text(out, source, tokenizer="gpt2"):
         sizes[split] = len(part.encode("utf-8"))
         stats[split] = {"rows": 1, "tokens": len(ids), "longest": len(ids),
                         "trivial": {"token frequencies": float(bits.sum() / sizes[split])}}
-    return {**describe("decoder", "bpb", tok, 256, stats, {}), "bytes": sizes}
+    return {**describe("decoder", "bpb", tok, 256, stats, skipped), "bytes": sizes}
 
-def write_texts(out, tokenizer, splits, block_size, classes, min_len=0):
+def bag_of_words(splits):
+    """TF-IDF + logistic regression, from {split: (texts, labels)} to {split: accuracy}."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        words, line = TfidfVectorizer(token_pattern=r"\w+"), LogisticRegression(max_iter=1000)
+        line.fit(words.fit_transform(splits["train"][0]), splits["train"][1])
+        return {split: line.score(words.transform(texts), y) for split, (texts, y) in splits.items()}
+    except (ImportError, ValueError):  # not installed; no words, or one class only
+        return {}
+
+def write_texts(out, tokenizer, splits, block_size, classes, min_len=0, skipped=()):
     """From {split: [(text, label)]} to files, without the texts of fewer than min_len tokens."""
-    tok, skipped = Tokenizer({"kind": tokenizer}), {}
+    tok, skipped, known, longest = Tokenizer({"kind": tokenizer}), dict(skipped), {}, 0
     for split, pairs in splits.items():
         texts, labels = zip(*pairs)
+        texts = [plain(text) for text in texts]
         ids, lengths = tok.encode_rows(texts, split)
         keep = lengths >= min_len
         check(keep.any(), f"no {split} document has {min_len} tokens, the longest has {lengths.max()}: lower "
@@ -422,8 +496,57 @@ def write_texts(out, tokenizer, splits, block_size, classes, min_len=0):
         if min_len:
             skipped[f"{split}: shorter than {min_len} tokens, left out"] = int((~keep).sum())
         splits[split] = ids[np.repeat(keep, lengths)], lengths[keep], np.array(labels)[keep]
-    meta = write_labelled(out, tok.spec, splits, block_size, classes=classes)
-    return {**meta, "skipped": {**skipped, **meta["skipped"]}}
+        longest = max(longest, lengths.max())
+        known[split] = [text for text, long in zip(texts, keep) if long], splits[split][2]
+    block_size = min(block_size, int(longest) // 8 * 8 + 8)
+    meta = write_labelled(out, tok.spec, splits, block_size, skipped, classes=classes)
+    for split, accuracy in bag_of_words(known).items():
+        meta["splits"][split]["trivial"]["TF-IDF + logistic regression"] = accuracy
+    return meta
+
+def read_table(path, *columns):
+    """Columns of a CSV, TSV or JSONL file, a list a row; which of these it is shows in its first line."""
+    lines, rows = read_text(path, empty=False).split("\n"), []
+    head, is_json = lines[0], lines[0].startswith("{")
+    delimiter = max(",;\t", key=head.count)
+    quoting = csv.QUOTE_MINIMAL
+    if '"' not in head and all(line.count("\t") == head.count("\t") > 0 for line in lines if line.strip()):
+        quoting = csv.QUOTE_NONE  # in a TSV whose lines are its rows a quotation mark is one of the text's
+    csv.field_size_limit(2**31 - 1)
+    source = io.StringIO("\n".join(lines), newline="")
+    records = csv.DictReader(source, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
+    if is_json:
+        records = map(json.loads, filter(str.strip, lines))
+    try:
+        for row in records:
+            rows.append([row.get(column) for column in columns])
+            fits = is_json or None not in row and None not in row.values()
+            check(fits, f"{path}: row {len(rows)} has more or fewer fields than the first line names")
+    except (ValueError, AttributeError, csv.Error) as e:
+        raise SystemExit(f"{path}: row {len(rows) + 1} cannot be read ({e})")
+    for i, column in enumerate(columns):
+        check(any(row[i] is not None for row in rows), f"{path} has no {column} in its rows, the first line "
+              f"is {head[:100].strip()}: name the columns with --text= and --label=")
+    return rows
+
+def table(out, source, text="text", label="label", tokenizer="bytes", seed=1337, rows=None, held_out=None):
+    """Your own labelled texts: train.csv, or train.csv,test.csv, or train.csv,val.csv,test.csv."""
+    paths = source.split(",")
+    check(len(paths) <= 3, f"--source names {len(paths)} files: give train.csv, or with it val.csv, test.csv")
+    names = [("train",), ("train", "test"), ("train", "val", "test")][len(paths) - 1]
+    splits = {split: read_table(path, text, label) for split, path in zip(names, paths)}
+    splits, skipped = own(splits, seed, held_out)
+    splits["train"] = splits["train"][:rows]
+    trained = {name for _, name in splits["train"]}
+    classes = trained.union(name for split in ("val", "test") for _, name in splits[split])
+    classes = sorted(classes, key=lambda name: (name.isdigit() * len(name), name))  # 2 before 10
+    check(1 < len(trained) <= max(2, len(splits["train"]) // 2), f"{len(trained)} different labels in "
+          f"{len(splits['train'])} rows of train teach nothing: is --label={label} the right column?")
+    for split, pairs in splits.items():
+        splits[split] = [(words, classes.index(name)) for words, name in pairs]
+    never = ", ".join(name for name in classes if name not in trained)
+    return {**write_texts(out, tokenizer, splits, 1024, classes, skipped=skipped),
+            "note": f"train has no row of the labels {never}" if never else ""}
 
 def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes"):
     """IMDB reviews as bytes or GPT-2's BPE, negative or positive."""
@@ -690,7 +813,7 @@ def pathfinder(out, seed=1337, rows=160_000, size=32):
     return write_images(out, splits, ["apart", "connected"])
 
 DATASETS = {data_set.__name__: data_set for data_set in (
-    numbers, multi30k, wmt16, text, parallel, listops, lego, recall, pathfinder, imdb, cifar10, arxiv)}
+    numbers, multi30k, wmt16, text, parallel, table, listops, lego, recall, pathfinder, imdb, cifar10, arxiv)}
 
 # ---- what train.py and sample.py import ----
 def crc32(path):  # of a file, a block at a time
@@ -713,6 +836,7 @@ def plausible(meta):  # may train.py trust what a well-formed meta.json claims, 
         sizes = s["rows"], np.min(s["tokens"]), np.max(s["longest"]) + 1
         fine = fine and dict(s["trivial"]) and min(sizes) >= 1
     return (fine and meta["arch"] in ("encdec", "encoder", "decoder") and 1 <= meta["block_size"] <= 2**24
+            and meta.get("bleu_tokenizer", "13a") in ("13a", "zh", "char")
             and meta["metric"] in ("exact", "bleu", "bpb", "acc") and meta["dtype"] in ("uint16", "uint32")
             and meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size
             and (meta["arch"] != "encoder" or 1 <= meta["n_classes"] == len(meta["classes"])))
@@ -881,8 +1005,8 @@ class Parser(argparse.ArgumentParser):
         self.to.add_argument(flag, type=read, help=help, default=argparse.SUPPRESS, **kw)
 
     def parse_args(self, argv=None):  # also leaves the flags that were really typed in self.given
-        with contextlib.suppress(AttributeError):  # what a terminal cannot show becomes a question mark
-            sys.stdout.reconfigure(errors="replace")
+        with contextlib.suppress(AttributeError):  # what a terminal cannot show becomes its \\u number
+            sys.stdout.reconfigure(errors="backslashreplace")
         args, extra = self.parse_known_args(argv)
         if extra:
             flag = extra[0].split("=")[0]
@@ -910,6 +1034,8 @@ def summary(folder, meta, seconds):
         print(f"  {count:,} rows {reason}")
     trivial = meta["splits"]["test"]["trivial"].items()
     print("  trivial scores on test |", ", ".join(f"{name} {score:.3f}" for name, score in trivial))
+    if (n := meta["splits"]["test"]["rows"]) < 100 and meta["arch"] != "decoder":
+        print(f"  warning: test has only {n} rows, a score on so few means little")
     if meta["note"]:
         print(f"  {meta['note']}")
     if meta["arch"] == "encdec":
@@ -925,10 +1051,14 @@ def main():
     parser = Parser(description=__doc__)
     parser.add("--dataset", default="numbers", help=", ".join(DATASETS))
     parser.add("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
+    parser.add("--text", help="table: the column of the texts [text]")
+    parser.add("--label", help="table: the column of the labels [label]")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
     parser.add("--vocab_size", int, "ids of the trained BPE, special ones included", 1, 2**24)
-    parser.add("--tokenizer", choices=["gpt2", "bytes"], help="for text, arxiv [gpt2] and imdb [bytes]")
+    parser.add("--tokenizer", choices=["gpt2", "bytes"], help="text, arxiv [gpt2], table, imdb [bytes]")
     parser.add("--rows", int, "use only so many training rows", 1, 10**9)
+    held = "rows of each, val and test, where they are drawn from your rows [a tenth, at most 2,000]"
+    parser.add("--held_out", int, held, 1, 10**9)
     parser.add("--seed", int, "for what is drawn or shuffled [1337]", 0, 2**63)
     shortest = "listops: a row is longer than so many tokens; arxiv: a document has at least as many"
     parser.add("--min_len", int, shortest, 0, 2**24)

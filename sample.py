@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from model import MIXERS, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
-from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, read_text, replacing, writable
+from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, plain, read_text, replacing, writable
 
 FORMAT = 2  # of ckpt.pt and best.pt
 KINDS = dict(model=dict, model_args=dict, meta=dict, iter_num=int, best_loss=float)
@@ -169,7 +169,7 @@ def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0
     device = model.wte.weight.device
     block_size = block_size or model.config.block_size
     max_new_tokens = max_new_tokens or block_size
-    rows = [tokenizer.encode(text.strip()) for text in texts]
+    rows = [tokenizer.encode(plain(text)) for text in texts]
     cut = sum(len(row) > block_size - 1 for row in rows)
     out = [""] * len(texts)
     # alike lengths share a batch, and the longest come first, so that too little memory shows at once
@@ -192,7 +192,10 @@ def classify(model, tokenizer, meta, texts, batch_size):
     """One line per text, its class and how likely that is, or the label of each token that is asked; and how
     many texts were cut."""
     most, results = model.config.block_size, []
-    rows = [read_image(text, meta["image"]) if "image" in meta else tokenizer.encode(text) for text in texts]
+    if "image" in meta:
+        rows = [read_image(text, meta["image"]) for text in texts]
+    else:
+        rows = [tokenizer.encode(plain(text)) for text in texts]
     for start in range(0, len(rows), batch_size):
         batch = [row[:most] or [EOS] for row in rows[start:start + batch_size]]
         with torch.no_grad():
@@ -280,14 +283,14 @@ def refuse_idle(p, args, arch):
     """A typed flag that would change nothing ends in one sentence."""
     lines, encoder = args.input is not None, arch == "encoder"
     for names, idle, why in (
-            ("input output", arch == "decoder", "goes by lines, a decoder does not: use --start=FILE:name"),
+            ("input output batch_size", arch == "decoder", "is for lines, a decoder takes --start=FILE:name"),
             ("start", lines, "and --input both say what to read: leave one out"),
             ("num_samples", lines, "is for --start: leave it out"),
             ("beam", arch != "encdec", f"is for translations, not for --arch={arch}: leave it out"),
             ("length_penalty", args.beam == 1, "weighs beams: add --beam=4, or leave it out"),
             ("temperature top_k", args.beam > 1, "draws, and --beam looks for the best: leave one out"),
             ("temperature top_k num_samples max_new_tokens", encoder, "writes, but an encoder reads"),
-            ("top_k", args.temperature == 0, "draws, --temperature=0 does not: raise it")):
+            ("top_k num_samples", args.temperature == 0, "draws, --temperature=0 does not: raise it")):
         for name in names.split():
             if idle and name in p.given:
                 p.error(f"--{name} {why}")
@@ -319,14 +322,15 @@ def main():
         register(args.mixers_from)
     torch.manual_seed(args.seed)
     model, tokenizer, meta = load_model(os.path.join(args.out_dir, args.ckpt), args.device)
-    arch = model.config.arch
+    arch, lines = model.config.arch, args.input is not None
+    if args.show and (args.start or lines):
+        p.error(f"--show={args.show} looks at the weights and reads no text: leave --start and --input out")
     if args.show:
         return show_wavelets(model, os.path.join(args.out_dir, "wavelets.png"))
     if args.temperature is None:
         args.temperature = 0.8 if arch == "decoder" else 0.0
     refuse_idle(p, args, arch)
 
-    lines = args.input is not None
     if lines:
         texts = read_text(args.input).replace("\r\n", "\n").split("\n")
         if texts[-1] == "":  # the last line's own line end
@@ -339,8 +343,6 @@ def main():
         results, cut = classify(model, tokenizer, meta, texts, args.batch_size)
     elif arch == "encdec":
         most = most - 1  # and eos
-        if not lines:
-            texts = [" ".join(text.split()) for text in texts]
         n = how_many(model, args.max_new_tokens, 1)
         results, cut = translate(model, tokenizer, texts, args.beam, args.length_penalty, args.temperature,
                                  args.top_k, args.batch_size, n, progress=lines)

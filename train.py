@@ -482,10 +482,19 @@ def roc_auc(score, positive):
     n = positive.sum()
     return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
 
+def macro_f1(guess, answer):
+    """The mean over classes of 2 hits / (guesses + answers), which a majority class alone does not carry."""
+    each = []
+    for c in np.union1d(guess, answer):
+        hits = (guess == c) & (answer == c)
+        each.append(2 * hits.sum() / ((guess == c).sum() + (answer == c).sum()))
+    return float(np.mean(each))
+
 @torch.no_grad()
 def evaluate(data, limit):
     """The first rows of a split, the same each time, shared by all processes -> loss (mean per target),
-    accuracy (of the likeliest answers), groups (the same by group), auc (of row labels, mean of classes)."""
+    accuracy (of the likeliest answers), groups (the same by group), and of row labels the mean over classes
+    of auc and f1."""
     model.eval()
     n_groups = 1 if data.groups is None else int(data.groups.max()) + 1
     total, right, asked = 0.0, np.zeros(n_groups), np.zeros(n_groups)
@@ -518,6 +527,7 @@ def evaluate(data, limit):
         classes = [c for c in range(probs.shape[1]) if 0 < (answers == c).sum() < len(answers)]
         classes = classes[-1:] if probs.shape[1] == 2 else classes
         aucs = [roc_auc(probs[:, c], answers == c) for c in classes]
+        found["f1"] = macro_f1(probs.argmax(1), answers)
         found["auc"] = sum(aucs) / len(aucs) if aucs else None
     if meta["metric"] == "bleu" and (found["loss"] < math.log(3.5) or found["accuracy"] > 0.75):
         say(f"warning: perplexity {math.exp(found['loss']):.2f}, token accuracy {found['accuracy']:.2f} with "
@@ -547,7 +557,7 @@ def score(split, found, limit, beam=1, T=T_max):
     if meta["metric"] == "exact":
         return sum(a == b for a, b in zip(answers, tgt)) / len(tgt)
     import sacrebleu
-    bleu = sacrebleu.metrics.BLEU()
+    bleu = sacrebleu.metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"))
     result = bleu.corpus_score(answers, [tgt]).score
     if limit >= meta["splits"][split]["rows"]:
         say(f"sacreBLEU signature: {bleu.get_signature()}")
@@ -700,8 +710,9 @@ def test(split, data, T):
     if meta["metric"] in ("bleu", "exact"):
         say(f"{where} perplexity {math.exp(found['loss']):.3f}, token accuracy {found['accuracy']:.4f}, "
             "given the true tokens before each")
-    if found.get("auc"):
-        say(f"{where} AUC {found['auc']:.4f}")
+    if labels == "row":
+        auc = "none, one class only" if found["auc"] is None else f"{found['auc']:.4f}"
+        say(f"{where} AUC {auc}, macro F1 {found['f1']:.4f}")
     if "groups" in found:
         groups = ", ".join(f"{g}: {v:.3f}" for g, v in found["groups"].items())
         say(f"{where} accuracy by {meta['groups']}: {groups}")
