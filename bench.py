@@ -769,6 +769,11 @@ def prepared(suite, all_flags, args, path):
 
 def quality(args):
     suite, path, git = SUITES[args.suite], RESULTS / f"{args.suite}.csv", git_state()
+    if args.arm:
+        label, found, flags = args.arm.partition(": ")
+        if not found or not flags.startswith("--") or label in suite["arms"]:
+            raise SystemExit(f'--arm="{args.arm}" must be "label: --flag=value ...", with a label of its own')
+        suite["arms"][label] = flags.split()
     arms = {arm: [*suite["base"], *suite["arms"][arm]] for arm in chosen(suite["arms"], args.only)}
     data_dir, meta = prepared(suite, arms.values(), args, path)
     reference = [*suite["base"], *next(iter(suite["arms"].values()))]
@@ -975,6 +980,9 @@ def report(args):
     fill(HERE / "README.md", main)
     overview(runs)
 
+FLAGS = dict(variants="mixers_from", quality="suite only arm source data_dir jobs", report="",
+             speed="only lengths prompt n_embd n_head dtype compile json first", steps="lengths nanogpt")
+
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head is no error
@@ -984,6 +992,7 @@ if __name__ == "__main__":
     p.add("--mixers_from", help="variants: a Python file that registers more mixers")
     p.section("quality")
     p.add("--suite", default="decoders", choices=list(SUITES), help="a stopped one goes on where it was")
+    p.add("--arm", help='one arm more: "label: --mixer=haar --levels=5"')
     p.add("--source", help="where the data set comes from: a text for decoders, a folder for multi30k")
     p.add("--data_dir", default="data")
     p.add("--jobs", type=int, default=1, low=1, high=1024, help="trainings at a time, sharing the cores")
@@ -1000,6 +1009,9 @@ if __name__ == "__main__":
     args = p.parse_args()
     if args.n_embd % args.n_head:
         p.error(f"--n_embd={args.n_embd} must be divisible by --n_head={args.n_head}")
+    for flag in p.given:  # one that belongs to another command would change nothing here
+        if flag != "what" and flag not in FLAGS[args.what].split():
+            p.error(f"--{flag} is no flag of {args.what}, it takes: {FLAGS[args.what] or 'none'}")
     if args.mixers_from:
         register(args.mixers_from)
     commands = dict(variants=variants, speed=speed, steps=steps, quality=quality, report=report)

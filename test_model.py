@@ -2163,6 +2163,21 @@ def test_fast_forward_is_the_state_at_that_position():
             assert a == b if isinstance(a, int) else a.shape == b.shape
 
 
+def test_flags_of_the_bench_belong_to_a_command(tmp_path):
+    # catches: a flag that is taken and does nothing, an arm of one's own that is not trained, or not as it says
+    for flags, words in ((["report", "--suite=numbers"], "--suite is no flag of report"), (["variants", "--only=haar"], "--only is no flag of variants"),
+                         (["quality", "--lengths=64"], "--lengths is no flag of quality"), (["quality", "--arm=haar"], "label: --flag=value")):
+        assert words in run("bench.py", *flags, cwd=tmp_path, code=2 if "no flag" in words else 1)
+    for name in ("bench.py", "model.py", "prepare_data.py", "sample.py", "train.py"):  # a copy, whose results are its own
+        shutil.copy(os.path.join(HERE, name), tmp_path)
+    mine = "tiny: --mixer=haar --levels=2 --n_embd=8 --max_iters=2"
+    subprocess.run([sys.executable, "bench.py", "quality", "--suite=smoke", "--only=tiny", f"--arm={mine}"], cwd=tmp_path, check=True, capture_output=True,
+                   env=dict(os.environ, OMP_NUM_THREADS="1"))
+    import bench
+    row, = bench.read_rows(tmp_path / "results" / "smoke.csv")
+    assert row["arm"] == "tiny" and "--levels=2" in row["flags"] and row["steps"] == "2"
+
+
 def test_variants_take_up_every_mixer(tmp_path):
     # catches: a mixer of the reader's own that bench does not see, a leak that it does not count
     source = "import torch, torch.nn as nn, model\n" + inspect.getsource(Mean) + "\nmodel.MIXERS['mean'] = Mean\n"
