@@ -1316,6 +1316,83 @@ def test_a_strangers_checkpoint_runs_nothing(work):
     assert "9d7600d" in said and len(said.strip().splitlines()) == 1
 
 
+def until(there, p):
+    """Wait for something that a running script does."""
+    while not there():
+        assert p.poll() is None, p.communicate()
+        time.sleep(0.01)
+
+
+def test_one_run_owns_a_folder(work):
+    # catches: a live run's folder moved aside, a lock that outlives its process, or stays behind with a moved folder
+    long, log = [*TINY, "--max_iters=100000", "--eval_interval=100000", "--out_dir=owned"], os.path.join(work, "owned", "log.csv")
+    for again in range(2):                                     # the second time over a killed run's folder
+        p = start("train.py", *long, cwd=work)
+        until(lambda: os.path.exists(log) and len(open(log).readlines()) > 3, p)
+        for flags in ([], ["--resume"]):
+            said = run("train.py", *long, *flags, cwd=work, code=1)
+            assert f"held by process {p.pid} on" in said and said.count("\n") == 1
+        assert p.poll() is None and os.path.exists(os.path.join(work, "owned.1")) == bool(again)
+        p.send_signal(signal.SIGKILL)
+        p.communicate(timeout=30)
+    run("train.py", "--resume", "--out_dir=owned", "--max_iters=4", cwd=work)
+
+
+def test_resume_checks_first_what_its_end_needs(work):
+    # catches: best.pt missed after the last step, a disk that is full at the first checkpoint
+    out = os.path.join(work, "needs")
+    shutil.copytree(os.path.join(work, "whole"), out)
+    go_on, log = ["--resume", "--out_dir=needs", "--max_iters=14"], open(f"{out}/log.csv").read()
+    open(f"{out}/best.pt", "w").close()
+    assert "best.pt is damaged" in run("train.py", *go_on, cwd=work, code=1)
+    os.remove(f"{out}/best.pt")
+    said = run("train.py", *go_on, cwd=work, code=1)
+    assert "needs/best.pt does not exist" in said and said.strip().splitlines()[-1].count("copy needs/ckpt.pt") == 1
+    assert open(f"{out}/log.csv").read() == log
+    shutil.copy(f"{out}/ckpt.pt", f"{out}/best.pt")
+    full = "import collections, shutil; shutil.disk_usage = lambda path: collections.namedtuple('Disk', 'total free')(1, 1); " + LIMITED
+    assert "make room" in run("train.py", *go_on, cwd=work, code=1, launcher=["-c", full, str(10**9)])
+    run("train.py", *go_on, cwd=work)
+
+
+def test_resume_takes_the_saved_device(work):
+    # catches: a run on --device=cpu that goes on elsewhere, a GPU's run that goes on nowhere else, in silence
+    shutil.copytree(os.path.join(work, "whole"), os.path.join(work, "elsewhere"))
+    path = os.path.join(work, "elsewhere", "ckpt.pt")
+    ckpt = load_checkpoint(path)
+    go_on = ["--resume", "--out_dir=elsewhere", "--max_iters=12"]
+    assert "             as this run began" in run("train.py", *go_on, cwd=work)
+    torch.save(dict(ckpt, config=dict(ckpt["config"], device="cuda:77")), path)
+    assert "cuda:77 is not there, where this run began" in run("train.py", *go_on, cwd=work)
+    torch.save(dict(ckpt, config=dict(ckpt["config"], device="cuda:77")), path)
+    assert "this run began" not in run("train.py", *go_on, "--device=cpu", cwd=work)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a terminal of another kind")
+def test_a_closed_terminal_saves(work):
+    # catches: SIGHUP unheeded, a line to the lost terminal that ends the run before it has saved
+    import pty
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(work)
+        os.execv(sys.executable, [sys.executable, os.path.join(HERE, "train.py"), *TINY, "--max_iters=100000", "--eval_interval=100000", "--out_dir=closed"])
+    log = os.path.join(work, "closed", "log.csv")
+    while not (os.path.exists(log) and len(open(log).readlines()) > 5):
+        os.read(terminal, 10_000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert load_checkpoint(os.path.join(work, "closed", "ckpt.pt"))["iter_num"] >= 3
+
+
+def test_preparation_has_no_time_limit(tmp_path):
+    # catches: the limit of a collective applied to the work that the others wait for
+    slow = f"import sys, time; sys.path.insert(0, {HERE!r}); import runpy, prepare_data; whole = prepare_data.DATASETS['recall']; small = lambda out, seed=1337: time.sleep(6) or whole(out, rows=200, n_pairs=2, n_keys=4); prepare_data.DATASETS['recall'] = small; runpy.run_path({os.path.join(HERE, 'train.py')!r}, run_name='__main__')"
+    (tmp_path / "slow.py").write_text(slow)
+    p = start(str(tmp_path / "slow.py"), *TINY, "--dataset=recall", "--max_iters=2", "--dist_timeout=3", cwd=tmp_path, launcher=[*TORCHRUN, "2"])
+    _, err = p.communicate(timeout=170)
+    assert p.returncode == 0 and os.path.exists(tmp_path / "out" / "result.json"), err
+
+
 # -----------------------------------------------------------------------------
 # faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each once;
 # python test_model.py 20 tries each 20 times and prints the README's table
@@ -1968,6 +2045,27 @@ def test_damaged_data_is_one_line(tmp_path):
         with pytest.raises(SystemExit, match=words):
             prepare_data.prepare("parallel", str(tmp_path), source=source)
     assert not os.path.exists(tmp_path / "parallel") and not [f for f in os.listdir(tmp_path) if "tmp" in f]
+
+
+def test_two_preparations_of_one_data_set(tmp_path):
+    # catches: the first one's half-written folder deleted by the second, a lock that a kill or a forked child leaves held
+    flags = ["--dataset=pathfinder", "--rows=3000"]
+    first = start("prepare_data.py", *flags, cwd=tmp_path)
+    until(lambda: os.path.exists(tmp_path / "data" / "pathfinder.tmp-new"), first)
+    second = start("prepare_data.py", *flags, "--force", cwd=tmp_path)
+    third = start("prepare_data.py", *flags, cwd=tmp_path)
+    for p in (first, second, third):
+        out, err = p.communicate(timeout=170)
+        assert p.returncode == 0, err
+        assert p == first or "waiting for it" in out
+    assert os.listdir(tmp_path / "data") == ["pathfinder"] and prepare_data.load_meta(tmp_path / "data" / "pathfinder")
+    killed = start("prepare_data.py", *flags, "--force", cwd=tmp_path)
+    until(lambda: os.path.exists(tmp_path / "data" / "pathfinder.tmp-new"), killed)
+    time.sleep(0.5)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=30)
+    assert "is there already" in run("prepare_data.py", *flags, cwd=tmp_path)
+    assert os.listdir(tmp_path / "data") == ["pathfinder"]
 
 
 # -----------------------------------------------------------------------------

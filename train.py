@@ -19,10 +19,12 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from argparse import ArgumentTypeError
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import numpy as np
@@ -31,8 +33,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, prepare, read_ragged
-from prepare_data import replacing, stopped
+from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, lock, need, prepare
+from prepare_data import read_ragged, replacing, stopped
 from sample import FORMAT, KINDS, build, collate, keep_freed_pages, load_checkpoint, one_line, register, there
 from sample import translate
 
@@ -118,19 +120,29 @@ def idle(cfg, names):
             if name in names and not works and (mixers or "--arch" in need):
                 return f"--{name} changes nothing in this model, it needs {need}: leave it out"
 
-# ---- processes, device, dtype
+# ---- what is said, and by whom
 world = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
 master = rank == 0
 
-def say(*a):
+def say(*a, to="stdout"):
     if master:
-        print(*a, flush=True)
+        try:
+            print(*a, file=getattr(sys, to), flush=True)
+        except OSError:  # the terminal was closed, or head has ended: log.csv goes on
+            setattr(sys, to, open(os.devnull, "w"))
 
 def stop(sentence, code=1):
-    if master:
-        print(sentence, file=sys.stderr)
+    say(sentence, to="stderr")
     sys.exit(code)
+
+def own():
+    """Make --out_dir and hold it until this process ends: two runs in one folder would lose one of them."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        return lock(os.path.join(out, "lock"), "end that run first, or take another --out_dir")
+    except OSError as e:
+        stop(f"--out_dir={out} cannot be written: {e.strerror}")
 
 def unforeseen(kind, e, trace):
     """What to say instead of a traceback where the cause lies outside."""
@@ -147,6 +159,31 @@ def unforeseen(kind, e, trace):
         os._exit(1)  # a broken process group must not wait at its end
 
 sys.excepthook = unforeseen
+
+# ---- the folder and its checkpoint
+out = os.path.normpath(args.out_dir)
+ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
+best_path = os.path.join(out, "best.pt")  # the lowest validation loss
+log_path = os.path.join(out, "log.csv")
+COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
+owner = own() if master else None
+ckpt, kept, begun = None, {}, "auto"
+if args.resume and not os.path.exists(ckpt_path):
+    say(f"{ckpt_path} does not exist: starting anew")
+elif args.resume:
+    kinds = KINDS | dict(optimizer=dict, scaler=dict, config=dict, log_bytes=int)
+    ckpt = load_checkpoint(ckpt_path, kinds=kinds | {name: type(value) for name, value in COUNTERS.items()})
+    # read as if typed, so that a stranger's file can bring nothing that no flag takes
+    config = {k: v for k, v in ckpt["config"].items() if v is not None and k not in given}
+    begun = str(config.pop("device", "auto"))
+    with suppress(ArgumentTypeError):  # auto, or what this machine has not
+        args.device = there(begun)
+    p.parse_args([f"--{k}={v}" for k, v in config.items()])
+    kept = p.given
+    if "mixers_from" in kept:  # and no file is run that was not asked for
+        stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
+
+# ---- device and processes
 device = args.device
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -161,25 +198,10 @@ if device_type == "cuda":
 if world > 1:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # for work of any length
     sys.excepthook = unforeseen  # torch's own holds back what is said, for good
 
 # ---- settings: what was typed, what the checkpoint, the preset and the data set say
-out = os.path.normpath(args.out_dir)
-ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
-best_path = os.path.join(out, "best.pt")  # the lowest validation loss
-log_path = os.path.join(out, "log.csv")
-COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
-ckpt, kept = None, {}
-if args.resume and not os.path.exists(ckpt_path):
-    say(f"{ckpt_path} does not exist: starting anew")
-elif args.resume:
-    kinds = KINDS | dict(optimizer=dict, scaler=dict, config=dict, log_bytes=int)
-    ckpt = load_checkpoint(ckpt_path, kinds=kinds | {name: type(value) for name, value in COUNTERS.items()})
-    # read as if typed, so that a stranger's file can bring nothing that no flag takes
-    p.parse_args([f"--{k}={v}" for k, v in ckpt["config"].items() if v is not None and k not in given])
-    kept = p.given
-    if "mixers_from" in kept:  # and no file is run that was not asked for
-        stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
 preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
 settings = {**vars(args), **PRESETS[preset], **kept, **given, "preset": preset}
 
@@ -189,8 +211,10 @@ folder = os.path.join(settings["data_dir"], settings["dataset"])
 if master and not os.path.exists(os.path.join(folder, "meta.json")):
     prepare(settings["dataset"], settings["data_dir"])
 if world > 1:
-    dist.barrier()
+    dist.barrier(group=patient)
 meta = load_meta(folder)
+if meta["metric"] == "bleu":
+    sacrebleu = need("sacrebleu")
 from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta}
 from_data.update(cross_ratio=meta.get("ratio", 1.0), pad_id=PAD)
 for k, v in from_data.items():
@@ -368,6 +392,11 @@ def micro_batches(step):
 # ---- model and optimiser
 torch.manual_seed(cfg.seed)
 model = build(ckpt_path, ckpt, model_cfg) if ckpt else WaveletTransformer(model_cfg)
+if ckpt and ckpt["best_loss"] < math.inf:  # the end takes it
+    if not os.path.exists(best_path):
+        stop(f"{best_path} does not exist, which this run is to test at its end: bring it back, or copy "
+             f"{ckpt_path} there to test no earlier state than that")
+    build(best_path, load_checkpoint(best_path), model_cfg)
 model.to(device)
 betas = (cfg.beta1, cfg.beta2)
 optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
@@ -430,6 +459,8 @@ unit = {"encdec": "pairs", "encoder": "rows", "decoder": "windows"}[cfg.arch]
 sizes = ", ".join(f"{len(data):,} {split}" for split, data in splits.items())
 cut = ", ".join(f"{data.cut:,} of {len(data):,} {split}" for split, data in splits.items() if data.cut)
 say(f"device       {device} ({machine}), {world} process{'es' * (world > 1)}")
+if begun != "auto":
+    say("             " + ("as" if begun == args.device else f"{begun} is not there, where") + " this run began")
 half = " (autocast)" * (dtype != "float32")
 say(f"dtype        {dtype}{half}, compile {'on' if compiled else 'off'} ({why})")
 say(f"data         {cfg.dataset}: {sizes} {unit}, vocabulary {cfg.vocab_size:,}, block {T_max}")
@@ -546,7 +577,6 @@ def score(split, found, limit, beam=1, T=T_max):
     answers = from_all_ranks(mine)
     if meta["metric"] == "exact":
         return sum(a == b for a, b in zip(answers, tgt)) / len(tgt)
-    import sacrebleu
     bleu = sacrebleu.metrics.BLEU()
     result = bleu.corpus_score(answers, [tgt]).score
     if limit >= meta["splits"][split]["rows"]:
@@ -593,7 +623,13 @@ if master:
             n = next(n for n in range(1, 10**6) if not os.path.exists(f"{out}.{n}"))
             os.rename(out, f"{out}.{n}")
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
-        os.makedirs(out, exist_ok=True)
+            owner = own()  # of the new folder, as the lock has moved too
+        size = sum(v.numel() * v.element_size() for v in model.state_dict().values())
+        size *= 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
+        disk = shutil.disk_usage(out)
+        if disk.total and disk.free < size:  # some disks say 0 of 0
+            stop(f"{out} has room for {disk.free / 1e6:,.0f} MB, the checkpoints need {size / 1e6:,.0f} MB: "
+                 "make room, or take another --out_dir")
         if ckpt and os.path.exists(log_path) and os.path.getsize(log_path) >= ckpt["log_bytes"]:
             os.truncate(log_path, ckpt["log_bytes"])  # what was logged after the checkpoint happens again
         else:
