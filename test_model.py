@@ -1393,6 +1393,35 @@ def test_preparation_has_no_time_limit(tmp_path):
     assert p.returncode == 0 and os.path.exists(tmp_path / "out" / "result.json"), err
 
 
+def test_the_log_can_be_plotted(work):
+    # catches: the loss of one step among ten, a mean that forgets what was before a kill, smoothing's part taken for a gap to val_loss
+    flags = [*TINY, "--mixer=haar", "--max_iters=40", "--eval_interval=40", "--label_smoothing=0.2"]
+    rows = lambda out: [r for r in csv.DictReader(open(os.path.join(work, out, "log.csv"))) if r["loss"]]
+    said = run("train.py", *flags, "--out_dir=every", cwd=work)
+    assert "cross place (auto)" in said or "cross aligned (auto)" in said
+    kill_after(5, signal.SIGTERM, *flags, "--log_interval=5", cwd=work, out="fifth")
+    run("train.py", "--resume", "--out_dir=fifth", cwd=work)
+    every, fifth = rows("every"), rows("fifth")
+    assert [int(r["step"]) for r in fifth] == list(range(0, 40, 5))
+    for r in fifth[1:]:
+        since = every[int(r["step"]) - 4:int(r["step"]) + 1]
+        for k in ("loss", "nll"):
+            assert abs(float(r[k]) - np.mean([float(e[k]) for e in since])) < 1e-5
+    assert float(fifth[-1]["nll"]) < float(fifth[-1]["loss"]) - 0.01
+    assert all(r["nll"] == r["loss"] for r in rows("whole"))
+
+
+def test_resume_says_what_changed(work):
+    # catches: a setting changed in silence, the settings of the first steps written over
+    out = os.path.join(work, "changed")
+    shutil.copytree(os.path.join(work, "whole"), out)
+    before = open(f"{out}/config.json").read()
+    said = run("train.py", "--resume", "--out_dir=changed", "--max_iters=14", cwd=work)
+    assert "changed from step 12 on: out_dir=changed was whole, max_iters=14 was 12\n" in said
+    assert open(f"{out}/config.00012.json").read() == before and json.load(open(f"{out}/config.json"))["max_iters"] == 14
+    assert "changed from" not in run("train.py", "--resume", "--out_dir=changed", cwd=work)
+
+
 # -----------------------------------------------------------------------------
 # faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each once;
 # python test_model.py 20 tries each 20 times and prints the README's table

@@ -30,6 +30,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
@@ -407,6 +408,7 @@ elif dtype == "auto":
     dtype = "float32"
 autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+sums = np.zeros(3)  # since the last line of log.csv: losses, without label smoothing, and steps
 iter_num, best_loss, seconds, evaluated, skipped, in_a_row = ((ckpt or COUNTERS)[name] for name in COUNTERS)
 if ckpt:
     configured = [dict(group) for group in optimizer.param_groups]
@@ -418,6 +420,7 @@ if ckpt:
             group.update({k: v for k, v in fresh.items() if k != "params"})
         for q, moments in optimizer.state.items():
             assert all(v.shape == q.shape for k, v in moments.items() if k != "step")
+        sums += ckpt.get("sums", 0)  # which earlier checkpoints have not
     except Exception:  # as many as there are ways to be no optimiser
         stop(f"{ckpt_path} has an optimiser that is not this model's: restore it from a copy, or train again")
 net = model
@@ -460,7 +463,8 @@ sizes = ", ".join(f"{len(data):,} {split}" for split, data in splits.items())
 cut = ", ".join(f"{data.cut:,} of {len(data):,} {split}" for split, data in splits.items() if data.cut)
 say(f"device       {device} ({machine}), {world} process{'es' * (world > 1)}")
 if begun != "auto":
-    say("             " + ("as" if begun == args.device else f"{begun} is not there, where") + " this run began")
+    where = "as" if begun == args.device else f"{begun} is not there, where"
+    say(f"             {where} this run began")
 half = " (autocast)" * (dtype != "float32")
 say(f"dtype        {dtype}{half}, compile {'on' if compiled else 'off'} ({why})")
 say(f"data         {cfg.dataset}: {sizes} {unit}, vocabulary {cfg.vocab_size:,}, block {T_max}")
@@ -584,7 +588,7 @@ def score(split, found, limit, beam=1, T=T_max):
     return result
 
 # ---- checkpoints and log
-LOGGED = ("step", "loss", "norm", "lr", "skipped", "val_loss", "val_metric")
+LOGGED = ("step", "loss", "norm", "lr", "skipped", "val_loss", "val_metric", "nll")
 METRIC = {"exact": "exact match", "bleu": "BLEU", "bpb": "bits per byte", "acc": "accuracy"}[meta["metric"]]
 PATIENCE = 25  # steps that may fail in a row; float16 may need 16
 
@@ -613,10 +617,12 @@ def save(evaluated):
     if evaluated and val_loss == best_loss:
         write(best_path, lambda f: torch.save(state, f), "wb")
     last = dict(state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings,
-                evaluated=evaluated, skipped=skipped, in_a_row=in_a_row,
+                evaluated=evaluated, skipped=skipped, in_a_row=in_a_row, sums=sums.tolist(),
                 seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0)
     write(ckpt_path, lambda f: torch.save(last, f), "wb")
 
+had = ckpt["config"] if ckpt else settings
+changed = [f"{k}={v} was {had.get(k)}" for k, v in settings.items() if v != had.get(k) and k != "resume"]
 if master:
     try:
         if not ckpt and os.path.exists(ckpt_path):
@@ -635,11 +641,17 @@ if master:
         else:
             with open(log_path, "w", newline="") as f:
                 csv.writer(f).writerow(LOGGED)
-        with replacing(os.path.join(out, "config.json")) as f:
+        config_path = os.path.join(out, "config.json")
+        earlier = os.path.join(out, f"config.{iter_num:05d}.json")
+        if changed and os.path.exists(config_path) and not os.path.exists(earlier):
+            os.rename(config_path, earlier)  # what held up to this step
+        with replacing(config_path) as f:
             json.dump(settings, f, indent=1)
     except OSError as e:
         stop(f"--out_dir={out} cannot be written: {e.strerror}")
 say(" ".join(f"{k}={v}" for k, v in settings.items() if v != p.get_default(k)))
+if changed:
+    say(f"changed from step {iter_num} on: {', '.join(changed)}")
 
 # ---- the loop
 def get_lr(it):
@@ -649,6 +661,13 @@ def get_lr(it):
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
     ratio = (it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
     return low + 0.5 * (1 + math.cos(math.pi * min(1.0, ratio))) * (cfg.learning_rate - low)
+
+def without_smoothing(loss, logits, targets, share):
+    """The loss of a pass as evaluation takes it."""
+    if not cfg.label_smoothing:
+        return loss.detach()
+    counted = targets >= 0 if cfg.arch == "encoder" else (targets >= 0) & (targets != PAD)
+    return share * F.cross_entropy(logits.detach()[counted].float(), targets[counted])
 
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
@@ -678,21 +697,25 @@ while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss_sum = 0.0
+    loss_sum = nll = 0.0
     for i, (tensors, share) in enumerate(batches):
         if world > 1:
             net.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
-            loss = net(*tensors)[1] * share  # shares add up to 1 over all passes of all processes
+            logits, loss = net(*tensors)
+            loss = loss * share  # shares add up to 1 over all passes of all processes
         scaler.scale(loss * size * world).backward()  # DDP averages, the step sums
         loss_sum = loss_sum + loss.detach()
+        nll = nll + without_smoothing(loss, logits, tensors[1], share)
     batches, size = micro_batches(iter_num + 1)  # while the GPU is still busy
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    loss_sum, norm, stopping = total_over_ranks(loss_sum.item(), norm.item() / world, len(caught))
+    totals = total_over_ranks(loss_sum.item(), nll.item(), norm.item() / world, len(caught))
+    loss_sum, nll, norm, stopping = totals
     if math.isfinite(loss_sum + norm):
         scaler.step(optimizer)
         in_a_row = 0
+        sums += loss_sum, nll, 1
     else:  # this step is left out
         skipped += 1
         in_a_row += 1
@@ -704,14 +727,16 @@ while True:
     optimizer.zero_grad(set_to_none=True)
 
     if iter_num % cfg.log_interval == 0:
-        log(step=iter_num, loss=loss_sum, norm=norm, lr=lr, skipped=skipped)
+        loss_mean, nll_mean = sums[:2] / sums[2] if sums[2] else (math.nan, math.nan)
+        log(step=iter_num, loss=loss_mean, norm=norm, lr=lr, skipped=skipped, nll=nll_mean)
+        sums[:] = 0
         dt = (time.time() - t_log) / (iter_num + 1 - first)
         t_log, first = time.time(), iter_num + 1
         speed = f"{dt * 1e3:.1f} ms | {tokens_per_step / dt:,.0f} tok/s"
         if peak:
             speed += f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}"
         eta = f"eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m" + f" | skipped {skipped}" * (skipped > 0)
-        say(f"{at} | loss {loss_sum:.4f} | norm {norm:.2f} | lr {lr:.1e} | {speed} | {eta}")
+        say(f"{at} | loss {loss_mean:.4f} | norm {norm:.2f} | lr {lr:.1e} | {speed} | {eta}")
     iter_num += 1
     if stopping:
         save(evaluated=False)
