@@ -210,6 +210,7 @@ def lock(path, advice=None):
         import fcntl  # not on Windows
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no forked child inherits it
     except BlockingIOError:
+        time.sleep(0.5)  # until its name is there
         file.seek(0)
         holder = f"{path} is held by {file.read() or 'another process'}"
         check(not advice, f"{holder}: {advice}")

@@ -1328,11 +1328,11 @@ def test_one_run_owns_a_folder(work):
     long, log = [*TINY, "--max_iters=100000", "--eval_interval=100000", "--out_dir=owned"], os.path.join(work, "owned", "log.csv")
     for again in range(2):                                     # the second time over a killed run's folder
         p = start("train.py", *long, cwd=work)
-        until(lambda: os.path.exists(log) and len(open(log).readlines()) > 3, p)
+        until(lambda: os.path.exists(f"{work}/owned.1") == bool(again) and os.path.exists(log) and len(open(log).readlines()) > 3, p)
         for flags in ([], ["--resume"]):
             said = run("train.py", *long, *flags, cwd=work, code=1)
             assert f"held by process {p.pid} on" in said and said.count("\n") == 1
-        assert p.poll() is None and os.path.exists(os.path.join(work, "owned.1")) == bool(again)
+        assert p.poll() is None and os.path.exists(f"{work}/owned.1") == bool(again) and not os.path.exists(f"{work}/owned.2")
         p.send_signal(signal.SIGKILL)
         p.communicate(timeout=30)
     run("train.py", "--resume", "--out_dir=owned", "--max_iters=4", cwd=work)
@@ -1385,12 +1385,21 @@ def test_a_closed_terminal_saves(work):
 
 
 def test_preparation_has_no_time_limit(tmp_path):
-    # catches: the limit of a collective applied to the work that the others wait for
-    slow = f"import sys, time; sys.path.insert(0, {HERE!r}); import runpy, prepare_data; whole = prepare_data.DATASETS['recall']; small = lambda out, seed=1337: time.sleep(6) or whole(out, rows=200, n_pairs=2, n_keys=4); prepare_data.DATASETS['recall'] = small; runpy.run_path({os.path.join(HERE, 'train.py')!r}, run_name='__main__')"
-    (tmp_path / "slow.py").write_text(slow)
-    p = start(str(tmp_path / "slow.py"), *TINY, "--dataset=recall", "--max_iters=2", "--dist_timeout=3", cwd=tmp_path, launcher=[*TORCHRUN, "2"])
-    _, err = p.communicate(timeout=170)
-    assert p.returncode == 0 and os.path.exists(tmp_path / "out" / "result.json"), err
+    # catches: the limit of a collective applied to the work that the others wait for, a limit that --resume forgets
+    (tmp_path / "slow.py").write_text(f"""import runpy, sys, time
+sys.path.insert(0, {HERE!r})
+import prepare_data
+import torch.distributed as dist
+recall, init = prepare_data.DATASETS["recall"], dist.init_process_group
+prepare_data.DATASETS["recall"] = lambda out, seed=1337: time.sleep(6) or recall(out, rows=200, n_pairs=2, n_keys=4)
+dist.init_process_group = lambda *a, timeout: print("limit", timeout) or init(*a, timeout=timeout)
+runpy.run_path({os.path.join(HERE, "train.py")!r}, run_name="__main__")
+""")
+    for flags in ([*TINY, "--dataset=recall", "--max_iters=2", "--dist_timeout=3"], ["--resume", "--max_iters=3"]):
+        p = start(str(tmp_path / "slow.py"), *flags, cwd=tmp_path, launcher=[*TORCHRUN, "2"])
+        out, err = p.communicate(timeout=170)
+        assert p.returncode == 0 and "limit 0:00:03" in out, (out, err)
+    assert json.load(open(tmp_path / "out" / "result.json"))["steps"] == 3
 
 
 def test_the_log_can_be_plotted(work):

@@ -167,7 +167,6 @@ ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
 best_path = os.path.join(out, "best.pt")  # the lowest validation loss
 log_path = os.path.join(out, "log.csv")
 COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
-owner = own() if master else None
 ckpt, kept, begun = None, {}, "auto"
 if args.resume and not os.path.exists(ckpt_path):
     say(f"{ckpt_path} does not exist: starting anew")
@@ -184,7 +183,7 @@ elif args.resume:
     if "mixers_from" in kept:  # and no file is run that was not asked for
         stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
 
-# ---- device and processes
+# ---- device
 device = args.device
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -196,20 +195,21 @@ if device_type == "cpu":
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-if world > 1:
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # for work of any length
-    sys.excepthook = unforeseen  # torch's own holds back what is said, for good
 
 # ---- settings: what was typed, what the checkpoint, the preset and the data set say
 preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
 settings = {**vars(args), **PRESETS[preset], **kept, **given, "preset": preset}
+if world > 1:
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=settings["dist_timeout"]))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # for work of any length
+    sys.excepthook = unforeseen  # torch's own holds back what is said, for good
 
 if not settings["dataset"].replace("-", "").replace("_", "").isalnum():
     stop(f"--dataset={settings['dataset']} must be the plain name of a folder in --data_dir")
 folder = os.path.join(settings["data_dir"], settings["dataset"])
 if master and not os.path.exists(os.path.join(folder, "meta.json")):
+    own()  # and let go again: a folder that cannot be written is told before the work
     prepare(settings["dataset"], settings["data_dir"])
 if world > 1:
     dist.barrier(group=patient)
@@ -250,6 +250,7 @@ step_rows = cfg.batch_size * cfg.gradient_accumulation_steps
 if step_rows % world:
     stop(f"{world} processes cannot share --batch_size * --gradient_accumulation_steps = {step_rows} rows", 2)
 micro_steps = -(-step_rows // (world * cfg.batch_size))
+owner = own() if master else None
 
 # ---- data
 tokenizer = Tokenizer(meta["tokenizer"])
