@@ -28,6 +28,7 @@ import inspect
 import io
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -214,6 +215,30 @@ def replacing(path, mode="w"):
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
         raise
+
+def lock(path, advice=None):
+    """Hold path until the file that is returned is closed or this process ends, however it ends. Where
+    another one holds it: say which, and end with the advice, or without advice wait. A platform or a disk
+    without locks holds nothing."""
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        import fcntl  # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no forked child inherits it
+    except BlockingIOError:
+        time.sleep(0.5)  # until its name is there
+        file.seek(0)
+        holder = f"{path} is held by {file.read() or 'another process'}"
+        check(not advice, f"{holder}: {advice}")
+        print(f"{holder}: waiting for it", flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    if not (os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
+        return lock(path, advice)  # its last holder has removed it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 def writable(path):  # the type of a flag that names a file to write: found out before the work, not after it
     if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
@@ -891,14 +916,10 @@ def fingerprint(source):  # sha256 over the source files, so that an edited file
 
 def sweep(folder):  # away with what killed runs left, but an old data set between two renames moves back
     for old in folder.parent.glob(f"{folder.name}.tmp-*"):
-        try:
-            os.kill(int(old.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            if old.name.endswith("-old") and not folder.exists():
-                old.rename(folder)
+        if old.name.endswith("-old") and not folder.exists():
+            old.rename(folder)
+        elif old.is_dir():  # the lock is a file
             shutil.rmtree(old, ignore_errors=True)
-        except (PermissionError, ValueError):
-            pass
 
 def prepare(name, data_dir="data", force=False, exact=False, source=None, **flags):
     """Makes data_dir/name unless it is there, and returns its path. An option left at None means the default,
@@ -912,41 +933,49 @@ def prepare(name, data_dir="data", force=False, exact=False, source=None, **flag
         check(key in options, f"--{key} is no flag of {name}, which takes --{', --'.join(options)}")
     settings = {**options, "source": fingerprint(source) if source else None}
     folder = Path(data_dir) / name
-    sweep(folder)
-    made = (folder / "meta.json").exists()
-    if made and not force:
-        meta = load_meta(folder)
-        for key, value in settings.items():
-            had = meta["settings"].get(key)
-            was = "another source" if key == "source" else f"{key}={had}, not {value}"
-            if value != had and (key in given or exact and key != "source"):
-                raise SystemExit(f"{folder} was made with {was}: --force replaces it")
-        print(f"{folder} is there already, made by: {meta['created_by']}")
-        return str(folder)
-    check(made or not folder.exists(), f"{folder} exists and is no data set of ours: move it away or choose "
-          "another --data_dir")
+    if force or not (folder / "meta.json").exists() or any(folder.parent.glob(f"{name}.tmp-*")):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held = lock(f"{folder}.tmp-lock")
+            try:
+                sweep(folder)
+                if force or not (folder / "meta.json").exists():
+                    return make(folder, options, settings)
+            finally:
+                sweep(folder)
+                Path(held.name).unlink(missing_ok=True)
+                held.close()
+        except OSError as e:
+            raise SystemExit(f"{folder} cannot be made: {e}")
+    meta = load_meta(folder)
+    for key, value in settings.items():
+        had = meta["settings"].get(key)
+        was = "another source" if key == "source" else f"{key}={had}, not {value}"
+        if value != had and (key in given or exact and key != "source"):
+            raise SystemExit(f"{folder} was made with {was}: --force replaces it")
+    print(f"{folder} is there already, made by: {meta['created_by']}")
+    return str(folder)
+
+def make(folder, options, settings):
+    """Makes a data set beside its folder, which it replaces when all is there."""
+    name, started = folder.name, time.time()
+    tmp, old = (folder.with_name(f"{name}.tmp-{which}") for which in ("new", "old"))
+    check((folder / "meta.json").exists() or not folder.exists(), f"{folder} exists and is no data set of "
+          "ours: move it away or choose another --data_dir")
     files = "train.en,train.de" if name == "parallel" else "FILE"
     check(options.get("source") is not inspect.Parameter.empty, f"{name} is made from your own: python "
           f"prepare_data.py --dataset={name} --source={files}")
-    tmp, started = Path(data_dir) / f"{name}.tmp-{os.getpid()}", time.time()
-    try:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        meta = {"format": FORMAT, "name": name, "note": "", **DATASETS[name](tmp, **options),
-                "settings": settings, "seconds": round(time.time() - started, 1),
-                "files": {p.name: [p.stat().st_size, crc32(p)] for p in sorted(tmp.iterdir())},
-                "created_by": "python " + shlex.join(sys.argv)}
-        meta["tokenizer"] = meta.pop("tokenizer")  # last, because a BPE fills thousands of lines
-        with replacing(tmp / "meta.json") as f:
-            json.dump(meta | {"checksum": checksum(meta)}, f, indent=1)
-        if folder.exists():
-            folder.rename(f"{tmp}-old")
-        tmp.rename(folder)
-    except OSError as e:
-        raise SystemExit(f"{folder} cannot be made: {e}")
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(f"{tmp}-old", ignore_errors=True)
+    tmp.mkdir()
+    meta = {"format": FORMAT, "name": name, "note": "", **DATASETS[name](tmp, **options),
+            "settings": settings, "seconds": round(time.time() - started, 1),
+            "files": {p.name: [p.stat().st_size, crc32(p)] for p in sorted(tmp.iterdir())},
+            "created_by": "python " + shlex.join(sys.argv)}
+    meta["tokenizer"] = meta.pop("tokenizer")  # last, because a BPE fills thousands of lines
+    with replacing(tmp / "meta.json") as f:
+        json.dump(meta | {"checksum": checksum(meta)}, f, indent=1)
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
     return str(folder)
 
 # ---- command line ----

@@ -1339,6 +1339,121 @@ def test_flags_that_the_model_cannot_follow(work):
     run("sample.py", "--out_dir=learned", "--start=one", "--beam=2", cwd=work)
 
 
+def until(there, p):
+    """Wait for something that a running script does."""
+    while not there():
+        assert p.poll() is None, p.communicate()
+        time.sleep(0.01)
+
+
+def test_one_run_owns_a_folder(work):
+    # catches: a live run's folder moved aside, a lock that outlives its process, or stays behind with a moved folder
+    long, log = [*TINY, "--max_iters=100000", "--eval_interval=100000", "--out_dir=owned"], os.path.join(work, "owned", "log.csv")
+    for again in range(2):                                     # the second time over a killed run's folder
+        p = start("train.py", *long, cwd=work)
+        until(lambda: os.path.exists(f"{work}/owned.1") == bool(again) and os.path.exists(log) and len(open(log).readlines()) > 3, p)
+        for flags in ([], ["--resume"]):
+            said = run("train.py", *long, *flags, cwd=work, code=1)
+            assert f"held by process {p.pid} on" in said and said.count("\n") == 1
+        assert p.poll() is None and os.path.exists(f"{work}/owned.1") == bool(again) and not os.path.exists(f"{work}/owned.2")
+        p.send_signal(signal.SIGKILL)
+        p.communicate(timeout=30)
+    run("train.py", "--resume", "--out_dir=owned", "--max_iters=4", cwd=work)
+
+
+def test_resume_checks_first_what_its_end_needs(work):
+    # catches: best.pt missed after the last step, a disk that is full at the first checkpoint
+    out = os.path.join(work, "needs")
+    shutil.copytree(os.path.join(work, "whole"), out)
+    go_on, log = ["--resume", "--out_dir=needs", "--max_iters=14"], open(f"{out}/log.csv").read()
+    open(f"{out}/best.pt", "w").close()
+    assert "best.pt is damaged" in run("train.py", *go_on, cwd=work, code=1)
+    os.remove(f"{out}/best.pt")
+    said = run("train.py", *go_on, cwd=work, code=1)
+    assert "needs/best.pt does not exist" in said and said.strip().splitlines()[-1].count("copy needs/ckpt.pt") == 1
+    assert open(f"{out}/log.csv").read() == log
+    shutil.copy(f"{out}/ckpt.pt", f"{out}/best.pt")
+    full = "import collections, shutil; shutil.disk_usage = lambda path: collections.namedtuple('Disk', 'total free')(1, 1); " + LIMITED
+    assert "make room" in run("train.py", *go_on, cwd=work, code=1, launcher=["-c", full, str(10**9)])
+    run("train.py", *go_on, cwd=work)
+
+
+def test_resume_takes_the_saved_device(work):
+    # catches: a run on --device=cpu that goes on elsewhere, a GPU's run that goes on nowhere else, in silence
+    shutil.copytree(os.path.join(work, "whole"), os.path.join(work, "elsewhere"))
+    path = os.path.join(work, "elsewhere", "ckpt.pt")
+    ckpt = load_checkpoint(path)
+    go_on = ["--resume", "--out_dir=elsewhere", "--max_iters=12"]
+    assert "             as this run began" in run("train.py", *go_on, cwd=work)
+    torch.save(dict(ckpt, config=dict(ckpt["config"], device="cuda:77")), path)
+    assert "cuda:77 is not there, where this run began" in run("train.py", *go_on, cwd=work)
+    torch.save(dict(ckpt, config=dict(ckpt["config"], device="cuda:77")), path)
+    assert "this run began" not in run("train.py", *go_on, "--device=cpu", cwd=work)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a terminal of another kind")
+def test_a_closed_terminal_saves(work):
+    # catches: SIGHUP unheeded, a line to the lost terminal that ends the run before it has saved
+    import pty
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(work)
+        os.execv(sys.executable, [sys.executable, os.path.join(HERE, "train.py"), *TINY, "--max_iters=100000", "--eval_interval=100000", "--out_dir=closed"])
+    log = os.path.join(work, "closed", "log.csv")
+    while not (os.path.exists(log) and len(open(log).readlines()) > 5):
+        os.read(terminal, 10_000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert load_checkpoint(os.path.join(work, "closed", "ckpt.pt"))["iter_num"] >= 3
+
+
+def test_preparation_has_no_time_limit(tmp_path):
+    # catches: the limit of a collective applied to the work that the others wait for, a limit that --resume forgets
+    (tmp_path / "slow.py").write_text(f"""import runpy, sys, time
+sys.path.insert(0, {HERE!r})
+import prepare_data
+import torch.distributed as dist
+recall, init = prepare_data.DATASETS["recall"], dist.init_process_group
+prepare_data.DATASETS["recall"] = lambda out, seed=1337: time.sleep(6) or recall(out, rows=200, n_pairs=2, n_keys=4)
+dist.init_process_group = lambda *a, timeout: print("limit", timeout) or init(*a, timeout=timeout)
+runpy.run_path({os.path.join(HERE, "train.py")!r}, run_name="__main__")
+""")
+    for flags in ([*TINY, "--dataset=recall", "--max_iters=2", "--dist_timeout=3"], ["--resume", "--max_iters=3"]):
+        p = start(str(tmp_path / "slow.py"), *flags, cwd=tmp_path, launcher=[*TORCHRUN, "2"])
+        out, err = p.communicate(timeout=170)
+        assert p.returncode == 0 and "limit 0:00:03" in out, (out, err)
+    assert json.load(open(tmp_path / "out" / "result.json"))["steps"] == 3
+
+
+def test_the_log_can_be_plotted(work):
+    # catches: the loss of one step among ten, a mean that forgets what was before a kill, smoothing's part taken for a gap to val_loss
+    flags = [*TINY, "--mixer=haar", "--max_iters=40", "--eval_interval=40", "--label_smoothing=0.2"]
+    rows = lambda out: [r for r in csv.DictReader(open(os.path.join(work, out, "log.csv"))) if r["loss"]]
+    said = run("train.py", *flags, "--out_dir=every", cwd=work)
+    assert "cross place (auto)" in said or "cross aligned (auto)" in said
+    kill_after(5, signal.SIGTERM, *flags, "--log_interval=5", cwd=work, out="fifth")
+    run("train.py", "--resume", "--out_dir=fifth", cwd=work)
+    every, fifth = rows("every"), rows("fifth")
+    assert [int(r["step"]) for r in fifth] == list(range(0, 40, 5))
+    for r in fifth[1:]:
+        since = every[int(r["step"]) - 4:int(r["step"]) + 1]
+        for k in ("loss", "nll"):
+            assert abs(float(r[k]) - np.mean([float(e[k]) for e in since])) < 1e-5
+    assert float(fifth[-1]["nll"]) < float(fifth[-1]["loss"]) - 0.01
+    assert all(r["nll"] == r["loss"] for r in rows("whole"))
+
+
+def test_resume_says_what_changed(work):
+    # catches: a setting changed in silence, the settings of the first steps written over
+    out = os.path.join(work, "changed")
+    shutil.copytree(os.path.join(work, "whole"), out)
+    before = open(f"{out}/config.json").read()
+    said = run("train.py", "--resume", "--out_dir=changed", "--max_iters=14", cwd=work)
+    assert "changed from step 12 on: out_dir=changed was whole, max_iters=14 was 12\n" in said
+    assert open(f"{out}/config.00012.json").read() == before and json.load(open(f"{out}/config.json"))["max_iters"] == 14
+    assert "changed from" not in run("train.py", "--resume", "--out_dir=changed", cwd=work)
+
+
 # -----------------------------------------------------------------------------
 # faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each once;
 # python test_model.py 20 tries each 20 times and prints the README's table
@@ -2121,6 +2236,27 @@ def test_tables_that_cannot_be_used_are_one_line(tmp_path):
     said = run("prepare_data.py", "--dataset=table", "--source=t.csv,v.csv", cwd=tmp_path)
     assert "train has no row of the labels c" in said
     assert os.listdir(tmp_path / "data") == ["table"]
+
+
+def test_two_preparations_of_one_data_set(tmp_path):
+    # catches: the first one's half-written folder deleted by the second, a lock that a kill or a forked child leaves held
+    flags = ["--dataset=pathfinder", "--rows=3000"]
+    first = start("prepare_data.py", *flags, cwd=tmp_path)
+    until(lambda: os.path.exists(tmp_path / "data" / "pathfinder.tmp-new"), first)
+    second = start("prepare_data.py", *flags, "--force", cwd=tmp_path)
+    third = start("prepare_data.py", *flags, cwd=tmp_path)
+    for p in (first, second, third):
+        out, err = p.communicate(timeout=170)
+        assert p.returncode == 0, err
+        assert p == first or "waiting for it" in out
+    assert os.listdir(tmp_path / "data") == ["pathfinder"] and prepare_data.load_meta(tmp_path / "data" / "pathfinder")
+    killed = start("prepare_data.py", *flags, "--force", cwd=tmp_path)
+    until(lambda: os.path.exists(tmp_path / "data" / "pathfinder.tmp-new"), killed)
+    time.sleep(0.5)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=30)
+    assert "is there already" in run("prepare_data.py", *flags, cwd=tmp_path)
+    assert os.listdir(tmp_path / "data") == ["pathfinder"]
 
 
 # -----------------------------------------------------------------------------

@@ -19,20 +19,23 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from argparse import ArgumentTypeError
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, prepare, read_ragged
-from prepare_data import replacing, stopped
+from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, lock, need, prepare
+from prepare_data import read_ragged, replacing, stopped
 from sample import FORMAT, KINDS, build, collate, keep_freed_pages, load_checkpoint, one_line, register, there
 from sample import translate
 
@@ -118,19 +121,29 @@ def idle(cfg, names):
             if name in names and not works and (mixers or "--arch" in need):
                 return f"--{name} changes nothing in this model, it needs {need}: leave it out"
 
-# ---- processes, device, dtype
+# ---- what is said, and by whom
 world = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
 master = rank == 0
 
-def say(*a):
+def say(*a, to="stdout"):
     if master:
-        print(*a, flush=True)
+        try:
+            print(*a, file=getattr(sys, to), flush=True)
+        except OSError:  # the terminal was closed, or head has ended: log.csv goes on
+            setattr(sys, to, open(os.devnull, "w"))
 
 def stop(sentence, code=1):
-    if master:
-        print(sentence, file=sys.stderr)
+    say(sentence, to="stderr")
     sys.exit(code)
+
+def own():
+    """Make --out_dir and hold it until this process ends: two runs in one folder would lose one of them."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        return lock(os.path.join(out, "lock"), "end that run first, or take another --out_dir")
+    except OSError as e:
+        stop(f"--out_dir={out} cannot be written: {e.strerror}")
 
 def unforeseen(kind, e, trace):
     """What to say instead of a traceback where the cause lies outside."""
@@ -147,6 +160,30 @@ def unforeseen(kind, e, trace):
         os._exit(1)  # a broken process group must not wait at its end
 
 sys.excepthook = unforeseen
+
+# ---- the folder and its checkpoint
+out = os.path.normpath(args.out_dir)
+ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
+best_path = os.path.join(out, "best.pt")  # the lowest validation loss
+log_path = os.path.join(out, "log.csv")
+COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
+ckpt, kept, begun = None, {}, "auto"
+if args.resume and not os.path.exists(ckpt_path):
+    say(f"{ckpt_path} does not exist: starting anew")
+elif args.resume:
+    kinds = KINDS | dict(optimizer=dict, scaler=dict, config=dict, log_bytes=int)
+    ckpt = load_checkpoint(ckpt_path, kinds=kinds | {name: type(value) for name, value in COUNTERS.items()})
+    # read as if typed, so that a stranger's file can bring nothing that no flag takes
+    config = {k: v for k, v in ckpt["config"].items() if v is not None and k not in given}
+    begun = str(config.pop("device", "auto"))
+    with suppress(ArgumentTypeError):  # auto, or what this machine has not
+        args.device = there(begun)
+    p.parse_args([f"--{k}={v}" for k, v in config.items()])
+    kept = p.given
+    if "mixers_from" in kept:  # and no file is run that was not asked for
+        stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
+
+# ---- device
 device = args.device
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -158,39 +195,27 @@ if device_type == "cpu":
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-if world > 1:
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
-    sys.excepthook = unforeseen  # torch's own holds back what is said, for good
 
 # ---- settings: what was typed, what the checkpoint, the preset and the data set say
-out = os.path.normpath(args.out_dir)
-ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
-best_path = os.path.join(out, "best.pt")  # the lowest validation loss
-log_path = os.path.join(out, "log.csv")
-COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
-ckpt, kept = None, {}
-if args.resume and not os.path.exists(ckpt_path):
-    say(f"{ckpt_path} does not exist: starting anew")
-elif args.resume:
-    kinds = KINDS | dict(optimizer=dict, scaler=dict, config=dict, log_bytes=int)
-    ckpt = load_checkpoint(ckpt_path, kinds=kinds | {name: type(value) for name, value in COUNTERS.items()})
-    # read as if typed, so that a stranger's file can bring nothing that no flag takes
-    p.parse_args([f"--{k}={v}" for k, v in ckpt["config"].items() if v is not None and k not in given])
-    kept = p.given
-    if "mixers_from" in kept:  # and no file is run that was not asked for
-        stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
 preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
 settings = {**vars(args), **PRESETS[preset], **kept, **given, "preset": preset}
+if world > 1:
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=settings["dist_timeout"]))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # for work of any length
+    sys.excepthook = unforeseen  # torch's own holds back what is said, for good
 
 if not settings["dataset"].replace("-", "").replace("_", "").isalnum():
     stop(f"--dataset={settings['dataset']} must be the plain name of a folder in --data_dir")
 folder = os.path.join(settings["data_dir"], settings["dataset"])
 if master and not os.path.exists(os.path.join(folder, "meta.json")):
+    own()  # and let go again: a folder that cannot be written is told before the work
     prepare(settings["dataset"], settings["data_dir"])
 if world > 1:
-    dist.barrier()
+    dist.barrier(group=patient)
 meta = load_meta(folder)
+if meta["metric"] == "bleu":
+    sacrebleu = need("sacrebleu")
 from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta}
 from_data.update(cross_ratio=meta.get("ratio", 1.0), pad_id=PAD)
 for k, v in from_data.items():
@@ -225,6 +250,7 @@ step_rows = cfg.batch_size * cfg.gradient_accumulation_steps
 if step_rows % world:
     stop(f"{world} processes cannot share --batch_size * --gradient_accumulation_steps = {step_rows} rows", 2)
 micro_steps = -(-step_rows // (world * cfg.batch_size))
+owner = own() if master else None
 
 # ---- data
 tokenizer = Tokenizer(meta["tokenizer"])
@@ -368,6 +394,11 @@ def micro_batches(step):
 # ---- model and optimiser
 torch.manual_seed(cfg.seed)
 model = build(ckpt_path, ckpt, model_cfg) if ckpt else WaveletTransformer(model_cfg)
+if ckpt and ckpt["best_loss"] < math.inf:  # the end takes it
+    if not os.path.exists(best_path):
+        stop(f"{best_path} does not exist, which this run is to test at its end: bring it back, or copy "
+             f"{ckpt_path} there to test no earlier state than that")
+    build(best_path, load_checkpoint(best_path), model_cfg)
 model.to(device)
 betas = (cfg.beta1, cfg.beta2)
 optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
@@ -378,6 +409,7 @@ elif dtype == "auto":
     dtype = "float32"
 autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+sums = np.zeros(3)  # since the last line of log.csv: losses, without label smoothing, and steps
 iter_num, best_loss, seconds, evaluated, skipped, in_a_row = ((ckpt or COUNTERS)[name] for name in COUNTERS)
 if ckpt:
     configured = [dict(group) for group in optimizer.param_groups]
@@ -389,6 +421,7 @@ if ckpt:
             group.update({k: v for k, v in fresh.items() if k != "params"})
         for q, moments in optimizer.state.items():
             assert all(v.shape == q.shape for k, v in moments.items() if k != "step")
+        sums += ckpt.get("sums", 0)  # which earlier checkpoints have not
     except Exception:  # as many as there are ways to be no optimiser
         stop(f"{ckpt_path} has an optimiser that is not this model's: restore it from a copy, or train again")
 net = model
@@ -430,6 +463,9 @@ unit = {"encdec": "pairs", "encoder": "rows", "decoder": "windows"}[cfg.arch]
 sizes = ", ".join(f"{len(data):,} {split}" for split, data in splits.items())
 cut = ", ".join(f"{data.cut:,} of {len(data):,} {split}" for split, data in splits.items() if data.cut)
 say(f"device       {device} ({machine}), {world} process{'es' * (world > 1)}")
+if begun != "auto":
+    where = "as" if begun == args.device else f"{begun} is not there, where"
+    say(f"             {where} this run began")
 half = " (autocast)" * (dtype != "float32")
 say(f"dtype        {dtype}{half}, compile {'on' if compiled else 'off'} ({why})")
 say(f"data         {cfg.dataset}: {sizes} {unit}, vocabulary {cfg.vocab_size:,}, block {T_max}")
@@ -556,7 +592,6 @@ def score(split, found, limit, beam=1, T=T_max):
     answers = from_all_ranks(mine)
     if meta["metric"] == "exact":
         return sum(a == b for a, b in zip(answers, tgt)) / len(tgt)
-    import sacrebleu
     bleu = sacrebleu.metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"))
     result = bleu.corpus_score(answers, [tgt]).score
     if limit >= meta["splits"][split]["rows"]:
@@ -564,7 +599,7 @@ def score(split, found, limit, beam=1, T=T_max):
     return result
 
 # ---- checkpoints and log
-LOGGED = ("step", "loss", "norm", "lr", "skipped", "val_loss", "val_metric")
+LOGGED = ("step", "loss", "norm", "lr", "skipped", "val_loss", "val_metric", "nll")
 METRIC = {"exact": "exact match", "bleu": "BLEU", "bpb": "bits per byte", "acc": "accuracy"}[meta["metric"]]
 PATIENCE = 25  # steps that may fail in a row; float16 may need 16
 
@@ -593,27 +628,41 @@ def save(evaluated):
     if evaluated and val_loss == best_loss:
         write(best_path, lambda f: torch.save(state, f), "wb")
     last = dict(state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings,
-                evaluated=evaluated, skipped=skipped, in_a_row=in_a_row,
+                evaluated=evaluated, skipped=skipped, in_a_row=in_a_row, sums=sums.tolist(),
                 seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0)
     write(ckpt_path, lambda f: torch.save(last, f), "wb")
 
+had = ckpt["config"] if ckpt else settings
+changed = [f"{k}={v} was {had.get(k)}" for k, v in settings.items() if v != had.get(k) and k != "resume"]
 if master:
     try:
         if not ckpt and os.path.exists(ckpt_path):
             n = next(n for n in range(1, 10**6) if not os.path.exists(f"{out}.{n}"))
             os.rename(out, f"{out}.{n}")
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
-        os.makedirs(out, exist_ok=True)
+            owner = own()  # of the new folder, as the lock has moved too
+        size = sum(v.numel() * v.element_size() for v in model.state_dict().values())
+        size *= 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
+        disk = shutil.disk_usage(out)
+        if disk.total and disk.free < size:  # some disks say 0 of 0
+            stop(f"{out} has room for {disk.free / 1e6:,.0f} MB, the checkpoints need {size / 1e6:,.0f} MB: "
+                 "make room, or take another --out_dir")
         if ckpt and os.path.exists(log_path) and os.path.getsize(log_path) >= ckpt["log_bytes"]:
             os.truncate(log_path, ckpt["log_bytes"])  # what was logged after the checkpoint happens again
         else:
             with open(log_path, "w", newline="") as f:
                 csv.writer(f).writerow(LOGGED)
-        with replacing(os.path.join(out, "config.json")) as f:
+        config_path = os.path.join(out, "config.json")
+        earlier = os.path.join(out, f"config.{iter_num:05d}.json")
+        if changed and os.path.exists(config_path) and not os.path.exists(earlier):
+            os.rename(config_path, earlier)  # what held up to this step
+        with replacing(config_path) as f:
             json.dump(settings, f, indent=1)
     except OSError as e:
         stop(f"--out_dir={out} cannot be written: {e.strerror}")
-say(" ".join(f"{k}={v}" for k, v in settings.items() if v != p.get_default(k)))
+say(" ".join(f"{k}={v}" for k, v in settings.items() if v != p.defaults.get(k)))
+if changed:
+    say(f"changed from step {iter_num} on: {', '.join(changed)}")
 
 # ---- the loop
 def get_lr(it):
@@ -623,6 +672,13 @@ def get_lr(it):
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
     ratio = (it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
     return low + 0.5 * (1 + math.cos(math.pi * min(1.0, ratio))) * (cfg.learning_rate - low)
+
+def without_smoothing(loss, logits, targets, share):
+    """The loss of a pass as evaluation takes it."""
+    if not cfg.label_smoothing:
+        return loss.detach()
+    counted = targets >= 0 if cfg.arch == "encoder" else (targets >= 0) & (targets != PAD)
+    return share * F.cross_entropy(logits.detach()[counted].float(), targets[counted])
 
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
@@ -652,21 +708,25 @@ while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss_sum = 0.0
+    loss_sum = nll = 0.0
     for i, (tensors, share) in enumerate(batches):
         if world > 1:
             net.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
-            loss = net(*tensors)[1] * share  # shares add up to 1 over all passes of all processes
+            logits, loss = net(*tensors)
+            loss = loss * share  # shares add up to 1 over all passes of all processes
         scaler.scale(loss * size * world).backward()  # DDP averages, the step sums
         loss_sum = loss_sum + loss.detach()
+        nll = nll + without_smoothing(loss, logits, tensors[1], share)
     batches, size = micro_batches(iter_num + 1)  # while the GPU is still busy
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    loss_sum, norm, stopping = total_over_ranks(loss_sum.item(), norm.item() / world, len(caught))
+    totals = total_over_ranks(loss_sum.item(), nll.item(), norm.item() / world, len(caught))
+    loss_sum, nll, norm, stopping = totals
     if math.isfinite(loss_sum + norm):
         scaler.step(optimizer)
         in_a_row = 0
+        sums += loss_sum, nll, 1
     else:  # this step is left out
         skipped += 1
         in_a_row += 1
@@ -678,14 +738,16 @@ while True:
     optimizer.zero_grad(set_to_none=True)
 
     if iter_num % cfg.log_interval == 0:
-        log(step=iter_num, loss=loss_sum, norm=norm, lr=lr, skipped=skipped)
+        loss_mean, nll_mean = sums[:2] / sums[2] if sums[2] else (math.nan, math.nan)
+        log(step=iter_num, loss=loss_mean, norm=norm, lr=lr, skipped=skipped, nll=nll_mean)
+        sums[:] = 0
         dt = (time.time() - t_log) / (iter_num + 1 - first)
         t_log, first = time.time(), iter_num + 1
         speed = f"{dt * 1e3:.1f} ms | {tokens_per_step / dt:,.0f} tok/s"
         if peak:
             speed += f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}"
         eta = f"eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m" + f" | skipped {skipped}" * (skipped > 0)
-        say(f"{at} | loss {loss_sum:.4f} | norm {norm:.2f} | lr {lr:.1e} | {speed} | {eta}")
+        say(f"{at} | loss {loss_mean:.4f} | norm {norm:.2f} | lr {lr:.1e} | {speed} | {eta}")
     iter_num += 1
     if stopping:
         save(evaluated=False)
