@@ -226,11 +226,13 @@ def lifting(steps):
 def pick(x, at):  # x (B, T, C), at (1 or B, N) -> (B, N, C)
     return x.gather(1, at[..., None].expand(x.size(0), -1, x.size(2)))
 
-def filtered(x, taps, step, stride, T):
-    """y[k] = sum_m taps[m] x[stride k + m step], k < T: x (B, N, C), taps (F, C) -> (B,T,C)."""
-    y = taps[0] * x[:, 0:stride * T:stride]
+def delayed(x, n, step, stride, T):  # x (B, N, C) -> for m < n: x[stride k + m step], (B, T, C)
+    return [x[:, m * step:m * step + stride * T:stride] for m in range(n)]
+
+def filtered(lags, taps):  # taps (F, C)
+    y = taps[0] * lags[0]
     for m in range(1, len(taps)):
-        y = y + taps[m] * x[:, m * step:m * step + stride * T:stride]
+        y = torch.addcmul(y, taps[m], lags[m])
     return y
 
 def analyze(x, low, high, n=None):
@@ -244,7 +246,8 @@ def analyze(x, low, high, n=None):
         j = torch.arange(-p, 2 * K + p, device=x.device)
         n = torch.full_like(j[:1], T) if n is None else n
         x = pick(x, torch.minimum(j % (n + n % 2)[:, None], n[:, None] - 1))
-    return filtered(x, low, 1, 2, K), filtered(x, high, 1, 2, K)
+    x = delayed(x, len(low), 1, 2, K)
+    return filtered(x, low), filtered(x, high)
 
 def synthesize(a, d, low, high, n=None):
     """analyze transposed, its inverse for orthonormal pairs: x[2k - p + m] += low[m] a[k] + high[m] d[k].
@@ -289,7 +292,8 @@ def undecimated(x, pair, step, causal, past=None):
     else:
         x = torch.cat((past.to(x.dtype), x), 1)
         past = x[:, T:].clone()  # a view would keep all of x alive
-    return [filtered(x, taps, step, 1, T) for taps in pair], past
+    x = delayed(x, len(pair[0]), step, 1, T)
+    return [filtered(x, taps) for taps in pair], past
 
 class Wavelet(nn.Module):
     """The filter pairs of L levels and C channels, a differentiable transform. What is learned:
@@ -438,13 +442,13 @@ class Haar(nn.Module):
             after = a if state is None else torch.cat((state, a), 1)
             y = self.block(after, mask)[:, after.size(1) - x.size(1):]
         else:
-            y, after = 0, []
+            y, after = torch.zeros_like(a), []
             for l in range(self.L):
                 past, pair = None if state is None else state[l], self.wavelet.filters(l)
                 (a, d), past = undecimated(a, pair, 2 ** l, self.causal, past)
                 if mask is not None:  # padding stays zero, as what lies beyond the end
                     a = a * mask[..., None]
-                y = y + self.weight[l] * d
+                y = torch.addcmul(y, self.weight[l], d)
                 after.append(past)
             y = y + self.weight[self.L] * a
         return self.c_proj(y) if state is None else (self.c_proj(y), after)
@@ -456,9 +460,9 @@ class Haar(nn.Module):
         for l in range(self.L):
             low, high = self.wavelet.filters(l)
             K, p = -(-T // 2 ** (l + 1)), len(low) // 2 - 1
-            a = F.pad(a, (0, 0, p, p + 1))
-            details.append(filtered(a, high, 1, 2, K))
-            a = filtered(a, low, 1, 2, K)
+            a = delayed(F.pad(a, (0, 0, p, p + 1)), len(low), 1, 2, K)
+            details.append(filtered(a, high))
+            a = filtered(a, low)
             if mask is not None:  # how far the batch was padded must not matter
                 mask = F.pad(mask, (0, 1))[:, :2 * K].unflatten(1, (K, 2)).any(2)
                 a = a * mask[..., None]
@@ -549,7 +553,7 @@ def read_causally(q, k, v, S, R, kind):
         y = fq @ S[:, :, :-1] + (fq @ fk).tril() @ v  # earlier chunks, and a triangle for its own
         return y.flatten(2, 3), S[:, :, -1].clone()
     T, ys = q.size(2), []
-    whole = (T + CHUNK - 1) // CHUNK * CHUNK  # padded behind, where nobody looks
+    whole = (T + CHUNK - 1) // CHUNK * CHUNK  # padded behind
     q, k, v = (F.pad(u, (0, 0, 0, CHUNK))[:, :, :whole] for u in (q, k, v))
     for part in zip(q.split(SEGMENT, 2), k.split(SEGMENT, 2), v.split(SEGMENT, 2)):
         y, S = again(segment, *part, S)
@@ -714,7 +718,7 @@ class Aligned(CrossAttention):
         x = F.pad(x, (0, 0, 0, c))[:, :(T + c - 1) // c * c].unflatten(1, (-1, c))  # (B, chunks, c, C)
         at = (torch.arange(t, t + x.size(1) * c, device=x.device) * self.ratio).long()
         at = at.minimum(n[:, None] - 1).unflatten(1, (-1, c))  # (B, chunks, c): each target's place
-        edges, first = [], 0  # of the blocks, each with its level, place, level's reach and first candidate
+        edges, first = [], 0  # a block's level, place, reach, candidate
         for l, w in enumerate(self.reach):
             edges += [(l, i, w, first + w) for i in range(-w, w + 3 + int(c * self.ratio) // 2 ** l)]
             first += 2 * w + 1
