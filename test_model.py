@@ -2368,7 +2368,7 @@ s['arms'] = {'recall: haar': s['arms']['recall: haar']}
 s['prepare']['recall']['rows'] = 400
 s.update(seeds=(1, 2), rates=(2e-3, 0.0))
 s['base'] += ['--max_iters=4', '--eval_interval=2', '--eval_rows=2', '--metric_rows=1']
-bench.quality(argparse.Namespace(suite='smoke', data_dir='data', source=None, jobs=1, only='haar'))
+bench.quality(argparse.Namespace(suite='smoke', data_dir='data', source=None, jobs=1, only='haar', arm=None))
 """
 
 
