@@ -677,8 +677,10 @@ def without_smoothing(loss, logits, targets, share):
     """The loss of a pass as evaluation takes it."""
     if not cfg.label_smoothing:
         return loss.detach()
-    counted = targets >= 0 if cfg.arch == "encoder" else (targets >= 0) & (targets != PAD)
-    return share * F.cross_entropy(logits.detach()[counted].float(), targets[counted])
+    if cfg.arch != "encoder":
+        targets = targets.masked_fill(targets == PAD, -1)
+    flat = logits.detach().flatten(0, -2).float()
+    return share * F.cross_entropy(flat, targets.flatten(), ignore_index=-1)  # no copy by a mask: it waits
 
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
