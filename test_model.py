@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from multiprocessing import get_context
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -1119,16 +1120,19 @@ class Forked:
     """subprocess.Popen's face for a script, forked where torch is imported already: most of a short run is that import."""
     server = get_context("forkserver")
     server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "test_model"])
+    turn = Lock()                                              # multiprocessing reaps all children in start and exitcode: two threads at once lose an exit code
 
     def __init__(self, name, flags, cwd):
         self.folder = tempfile.TemporaryDirectory()
         self.words = os.path.join(self.folder.name, "words")
         self.process = self.server.Process(target=script, args=(os.path.join(HERE, name), flags, str(cwd), self.words))
-        self.process.start()
+        with self.turn:
+            self.process.start()
         self.pid = self.process.pid
 
     def poll(self):
-        return self.process.exitcode
+        with self.turn:
+            return self.process.exitcode
 
     returncode = property(poll)
 
@@ -1136,9 +1140,11 @@ class Forked:
         os.kill(self.pid, sig)
 
     def communicate(self, timeout=None):
-        self.process.join(timeout)
-        if self.poll() is None:
-            raise subprocess.TimeoutExpired(self.words, timeout)
+        end = time.monotonic() + (math.inf if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.words, timeout)
+            time.sleep(0.005)
         return [open(f"{self.words}.{name}", encoding="utf-8").read() if os.path.exists(f"{self.words}.{name}") else "" for name in ("out", "err")]
 
 
