@@ -635,6 +635,18 @@ suite("peers", "decoders: the wavelets of wersa and haar beside a short convolut
     wersa, convolution on q and k: shortconv; MultiresConv, gated: multires
     hybrid, 16 tokens: haar,haar,haar,attention window=16""", gate=True), **BYTES)
 
+suite("hybrids", "decoders: where attention stands among layers of haar, and how far it sees", TEXT,
+      some(DECODERS, "attention; haar") | arms("""last: haar,haar,haar,attention
+    first: attention,haar,haar,haar; every other: haar,attention
+    every other, 16 tokens: haar,attention window=16; all, 16 tokens: attention window=16""", gate=True),
+      **BYTES)
+suite("wavelets", "decoders: Daubechies' longer filters, learned (haar) or not", TEXT,
+      some(DECODERS, "attention; haar; wersa") | arms("""haar, db2: haar wavelet=db2
+    haar, db4: haar wavelet=db4; haar, db8: haar wavelet=db8; haar, fixed: haar wavelet_params=fixed
+    haar, db2, fixed: haar wavelet=db2 wavelet_params=fixed
+    haar, db8, fixed: haar wavelet=db8 wavelet_params=fixed
+    wersa, db2: wersa wavelet=db2; wersa, db4: wersa wavelet=db4""", gate=True), **BYTES)
+
 PAIRS = arms("""attention: attention; haar: haar
     haar, attention cross: haar cross=attention; haar, wersa cross: haar cross=wersa
     haar, by place alone: haar cross=place; hybrid: haar,attention
@@ -659,7 +671,7 @@ suite("lmwt", "numbers", SMALL + "--batch_size=32 --max_iters=600 --eval_interva
     haar, no gate, decimated encoder, fixed: haar undecimated=decoder wavelet_params=fixed
     haar literal, no gate (leaks): haar undecimated=no leak=True""", gate=False), rates=(4e-3,))
 
-WAVSPA = arms("attention: attention; wersa: wersa; fourier: fourier", gate=False) | arms("""
+WAVSPA = arms("attention: attention; fourier: fourier", gate=False) | arms("""
     attention in fixed: wavspa wavelet_params=fixed; attention in ada: wavspa wavelet_params=ada
     attention in ortho: wavspa; attention in lift: wavspa wavelet_params=lift
     attention in ortho, 1 level: wavspa levels=1; attention in ortho, 4 levels: wavspa levels=4
@@ -675,15 +687,19 @@ MORE = arms("""wersa, L=1: wersa levels=1; wersa, L=4: wersa levels=4; wersa, L=
     wersa, L=2, m=256: wersa n_features=256; wersa, L=2, m=1024: wersa n_features=1024
     wersa, exp features, L=0: wersa feature_map=exp levels=0
     wersa, exp features, L=2: wersa feature_map=exp""", gate=False)
-SHORT = dict(listops=dict(min_len=10, max_len=100), lego=dict(n_links=6, n_tr=3),
-             recall=dict(n_pairs=4, n_keys=16), imdb=dict(tokenizer="gpt2"))
+SHORT = dict(listops=dict(min_len=10, max_len=100, test_rows=20_000),
+             lego=dict(n_links=6, n_tr=3, test_rows=20_000),
+             recall=dict(n_pairs=4, n_keys=16, test_rows=20_000), imdb=dict(tokenizer="gpt2"))
 TINY = dict(data="short", prepare=SHORT)
 LISTOPS = f"--dataset=listops {SMALL} --batch_size=32 --max_iters=1500 --eval_interval=500"
-suite("wavspa_listops", "nested lists of 10 to 100 tokens", LISTOPS, WAVSPA, rates=(2e-3, 5e-4), **TINY)
-suite("wersa_listops", "nested lists of 10 to 100 tokens", LISTOPS, WERSA | MORE, rates=(3e-3,), **TINY)
-suite("wavspa_lego", "chains of 6 signs, of which training asks for the first 3",
-      f"--dataset=lego {SMALL} --n_layer=4 --max_iters=1000 --eval_interval=500", WAVSPA,
-      rates=(1e-3,), **TINY)
+suite("listops", "nested lists of 10 to 100 tokens", LISTOPS, WAVSPA | WERSA,
+      rates=(1e-3, 5e-4, 2.5e-4), **TINY)
+suite("wersa_listops", "listops: levels, features and wavelets of wersa", LISTOPS,
+      some(WERSA, "attention; wersa, L=2") | MORE, rates=(1e-3,), **TINY)
+suite("lego", "chains of 6 signs, of which training asks for the first 3",
+      f"--dataset=lego {SMALL} --n_layer=4 --max_iters=1000 --eval_interval=500",
+      some(WAVSPA, "attention; attention in ada; control: convolution, then attention")
+      | some(WERSA, "haar; wersa, L=2"), range(1, 11), (1e-3, 2e-3, 5e-4), **TINY)
 suite("wersa_recall", "which value stood behind this key, of 1 to 4 pairs",
       f"--dataset=recall {SMALL} --n_head=2 --warmup_iters=200 --max_iters=6000 --eval_interval=1000", WERSA,
       rates=(5e-4,), **TINY)

@@ -656,17 +656,16 @@ def listops_rows(rng, count, min_len, max_len, max_depth, seen):
               f" with --max_depth={max_depth}: lower --min_len or --rows, or raise --max_len or --max_depth")
     return np.concatenate(rows) + N_SPECIAL, np.array([len(row) for row in rows]), np.array(values)
 
-def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10):
+def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10, test_rows=2000):
     """Nested lists of digits, what is their value? The grammar of Long Range Arena (arXiv 2011.04006): an
     argument is an operator with probability 1/4, of 2 to 10 arguments. Split long: twice as long."""
     check(1 <= min_len < max_len and max_depth >= 2, f"--min_len={min_len}, --max_len={max_len}, --max_depth="
           f"{max_depth}: a row needs 1 <= min_len < max_len, and a max_depth of at least 2")
     rng, seen, splits = np.random.default_rng(seed), set(), {}
-    held = max(1, min(2000, rows // 8))
-    for split, count in (("train", rows), ("val", held), ("test", held)):
+    for split, count in (("train", rows), ("val", max(1, min(2000, rows // 8))), ("test", test_rows)):
         splits[split] = listops_rows(rng, count, min_len, max_len, max_depth, seen)
     with contextlib.suppress(SystemExit):  # so shallow a tree may not get twice as long
-        splits["long"] = listops_rows(rng, min(500, held), max_len, 2 * max_len, max_depth, seen)
+        splits["long"] = listops_rows(rng, -(-test_rows // 2), max_len, 2 * max_len, max_depth, seen)
     roots = {split: ids[np.cumsum(n) - n] - N_SPECIAL - 10 for split, (ids, n, _) in splits.items()}
     digits = [str(d) for d in range(10)]
     spec = {"kind": "words", "words": digits + OPERATORS + ["]"]}
@@ -677,7 +676,7 @@ def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10
         meta["splits"][split]["trivial"]["root operator"] = float(right.mean())
     return meta
 
-def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6):
+def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6, test_rows=2000):
     """A chain of signs told in any order: "b = - a ; a = + 1 ;", what is each letter? (arXiv 2206.04301.) In
     train and val only its first n_tr links are asked for, in test all; split long has twice the links."""
     check(1 <= n_tr <= n_links <= 26, f"--n_tr={n_tr}, --n_links={n_links}: a chain needs 1 <= n_tr <= "
@@ -687,7 +686,8 @@ def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6):
     equals, plus, one, end = (words.index(word) for word in "=+1;")
     longer = min(26, 2 * n_links)
     for split, count, links, asked in (("train", rows, n_links, n_tr), ("val", 1000, n_links, n_tr),
-                                       ("test", 2000, n_links, n_links), ("long", 1000, longer, longer)):
+                                       ("test", test_rows, n_links, n_links),
+                                       ("long", -(-test_rows // 2), longer, longer)):
         names = rng.random((count, 26)).argsort(1)[:, :links]
         minus = rng.integers(0, 2, (count, links))
         clauses = np.full((count, links, 5), [0, equals, plus, one, end])
@@ -704,16 +704,16 @@ def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6):
                           pool="token", groups="link", asked_every=5,
                           note=f"train and val ask for the first {n_tr} of {n_links} links, test for all")
 
-def recall(out, seed=1337, rows=50_000, n_pairs=32, n_keys=128):
+def recall(out, seed=1337, rows=50_000, n_pairs=32, n_keys=128, test_rows=2000):
     """Multi-query associative recall (arXiv 2312.04927): "k7 v3 k1 v9 ...", then every key again, in any
     order, for its value. 1, 2, 4, ... n_pairs pairs a row; split long has 2 and 4 times n_pairs."""
     check(1 <= n_pairs <= n_keys, f"--n_pairs={n_pairs}, --n_keys={n_keys}: needs 1 <= n_pairs <= n_keys, as "
           "a key has one value")
     rng, splits = np.random.default_rng(seed), {}
     powers = [2**i for i in range(n_pairs.bit_length())]
-    cases = [("train", rows, powers), ("val", 1000, powers), ("test", 2000, powers)]
+    cases = [("train", rows, powers), ("val", 1000, powers), ("test", test_rows, powers)]
     if 2 * n_pairs <= n_keys:
-        cases.append(("long", 500, [p for p in (2 * n_pairs, 4 * n_pairs) if p <= n_keys]))
+        cases.append(("long", -(-test_rows // 2), [p for p in (2 * n_pairs, 4 * n_pairs) if p <= n_keys]))
     for split, count, sizes in cases:
         pairs = rng.choice(sizes, count)
         ids, label = [], []
@@ -1095,6 +1095,7 @@ def main():
             ("max_len", "listops: and shorter than this"), ("max_depth", "listops: levels of nesting"),
             ("n_links", "lego: clauses of a row"), ("n_tr", "lego: links whose values are told in training"),
             ("n_pairs", "recall: the most pairs of a row"), ("n_keys", "recall: keys, and as many values"),
+            ("test_rows", "listops, lego, recall: rows of test [2000], twice those of the longer split"),
             ("size", "pathfinder: width and height in pixels, 32 or 128")):
         parser.add(f"--{flag}", int, what, 1, 2**24)
     parser.add("--force", bool, "replace a data set made with other settings", default=False)

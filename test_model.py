@@ -1849,7 +1849,16 @@ def test_generated_data_are_the_same_everywhere(name, tmp_path):
     assert digest(a)[:12] == DIGESTS[name]
 
 
-DIGESTS = dict(numbers="3cafe6170ca1", listops="bfca5b66779b", lego="cbca611bfd40", recall="641cbef869dc", pathfinder="783775a10bb2")
+@each("name", ("listops", "lego", "recall"))
+def test_a_large_test_set_leaves_the_rows_of_training_alone(name, tmp_path):
+    more = dict(min_len=5, max_len=60, max_depth=5) if name == "listops" else dict(n_pairs=4) if name == "recall" else {}
+    folders = [prepare_data.prepare(name, str(tmp_path / str(n)), rows=160, test_rows=n, **more) for n in (20, 41)]
+    sizes = [{split: m["rows"] for split, m in prepare_data.load_meta(folder)["splits"].items()} for folder in folders]
+    assert [(n["test"], n["long"]) for n in sizes] == [(20, 10), (41, 21)]
+    assert len({open(os.path.join(folder, "train.src.bin"), "rb").read() for folder in folders}) == 1
+
+
+DIGESTS = dict(numbers="3cafe6170ca1", listops="35d27401e117", lego="cbca611bfd40", recall="fff606ef8a57", pathfinder="783775a10bb2")
 
 
 def value_and_depth(words):
