@@ -68,7 +68,8 @@ class ModelConfig:
         for flag, (low, high) in RANGES.items():
             value = getattr(self, flag)
             check(low <= value <= high, f"--{flag}={value} must lie in {low}..{high}")
-        check(self.levels <= self.whole_block, f"--levels={self.levels} must lie in -1..{self.whole_block}")
+        most = self.whole_block
+        check(-1 <= self.levels <= most, f"--levels={self.levels} must lie in -1..{most}")
         check(self.n_embd % self.n_head == 0, f"--n_embd={self.n_embd} is no multiple of --n_head")
         if self.arch != "encoder":
             for flag, used in (("mixer", names), ("inner", [self.inner])):
@@ -94,16 +95,16 @@ class ModelConfig:
         names = self.mixer.split(",")
         return replace(self, mixer=names[i % len(names)])
 
-RANGES = {
-    "window": (0, 2**24), "vocab_size": (1, 2**24), "block_size": (1, 2**24), "n_classes": (1, 2**20),
-    "pad_id": (0, 2**24), "n_layer": (1, 999), "n_head": (1, 2**16), "n_embd": (1, 2**16), "levels": (-1, 24),
-    "n_features": (0, 2**20), "dropout": (0, 0.999), "label_smoothing": (0, 0.99), "cross_ratio": (1e-6, 1e6)}
-CHOICES = {
-    "arch": ("encdec", "encoder", "decoder"), "cross": ("auto", "attention", "wersa", "aligned", "place"),
-    "pos": ("rope", "learned", "none"), "pool": ("mean", "cls", "token"), "feature_map": ("relu", "exp"),
-    "wavelet": ("haar", *(f"db{n}" for n in range(2, 21))), "inner": ("attention", "wersa", "fourier"),
-    "wavelet_params": ("auto", "fixed", "free", "ada", "ortho", "lift"),
-    "undecimated": ("auto", "yes", "no", "decoder")}  # and mixer, below
+RANGES = dict(
+    window=(0, 2**24), vocab_size=(1, 2**24), block_size=(1, 2**24), n_classes=(1, 2**20), pad_id=(0, 2**24),
+    n_layer=(1, 999), n_head=(1, 2**16), n_embd=(1, 2**16), n_features=(0, 2**20),
+    dropout=(0, 0.999), label_smoothing=(0, 0.99), cross_ratio=(1e-6, 1e6))
+CHOICES = dict(  # and of mixers, below
+    arch=("encdec", "encoder", "decoder"), cross=("auto", "attention", "wersa", "aligned", "place"),
+    pos=("rope", "learned", "none"), pool=("mean", "cls", "token"), feature_map=("relu", "exp"),
+    wavelet=("haar", *(f"db{n}" for n in range(2, 21))), inner=("attention", "wersa", "fourier"),
+    wavelet_params=("auto", "fixed", "free", "ada", "ortho", "lift"),
+    undecimated=("auto", "yes", "no", "decoder"))
 
 def wide(x):  # half precision becomes float32, where sums over T belong; float64 stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -122,6 +123,8 @@ def as_mask(mask):
         check(not (mask.any(1) & ~mask[:, 0]).any(), "padding stands in front of a row: pad on the right")
     return mask
 
+def masked(x, mask):  # x (B, T, C), zero where mask (B, T) is False
+    return x if mask is None else x * mask[..., None]
 def lengths(mask):  # mask (B, T) -> (B,) index of the last real token + 1, at least 1
     return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(-1).clamp(min=1)
 
@@ -175,7 +178,7 @@ class Attention(nn.Module):
             return self.out(attend(q, k, v, as_mask(mask), self.causal, self.window))
         k, v = torch.cat((state[1], k), 2), torch.cat((state[2], v), 2)
         y = self.out(attend(q, k, v, None, True, self.window))
-        if self.window > 0:  # a view would keep all of k
+        if self.window > 0:
             k, v = (u[:, :, max(u.size(2) - self.window + 1, 0):].clone() for u in (k, v))
         return y, (t + x.size(1), k, v)
 
@@ -185,12 +188,10 @@ class Fourier(nn.Module):
         super().__init__()
 
     def forward(self, x, mask=None):
-        if mask is None:
-            return torch.fft.fft2(wide(x), norm="ortho").real.to(x.dtype)
+        T, mask = x.size(1), x.new_ones(x.shape[:2]).bool() if mask is None else as_mask(mask)
         # a DFT of any length n is a convolution (Bluestein 1970)
-        mask, T = as_mask(mask), x.size(1)
         n, t = lengths(mask)[:, None, None], torch.arange(T, device=x.device)[:, None]
-        y = torch.fft.fft(wide(x * mask[..., None]), norm="ortho")
+        y = torch.fft.fft(wide(masked(x, mask)), norm="ortho")
         angle = -math.pi * (t * t % (2 * n)) / n  # (B, T, 1)
         chirp = torch.polar(torch.ones_like(angle), angle).to(y.dtype)
         kernel = torch.cat((chirp, torch.zeros_like(chirp[:, :1]), chirp[:, 1:].flip(1)), 1).conj()
@@ -209,8 +210,7 @@ def lattice(stages):
     every orthonormal pair (WavSpA eq. 8), determinants of 1 every lifting (Daubechies, Sweldens 1998)."""
     low, high = stages[0]  # (2, C)
     for (a, b), (c, d) in stages[1:]:
-        zero = torch.zeros_like(low[:2])
-        low, high = torch.cat((low, zero)), torch.cat((zero, high))
+        low, high = F.pad(low, (0, 0, 0, 2)), F.pad(high, (0, 0, 2, 0))
         low, high = a * low + b * high, c * low + d * high
     return low, -high
 
@@ -225,11 +225,9 @@ def lifting(steps):
 
 def pick(x, at):  # x (B, T, C), at (1 or B, N) -> (B, N, C)
     return x.gather(1, at[..., None].expand(x.size(0), -1, x.size(2)))
-
 def delayed(x, n, step, stride, T):  # x (B, N, C) -> for m < n: x[stride k + m step], (B, T, C)
     return [x[:, m * step:m * step + stride * T:stride] for m in range(n)]
-
-def filtered(lags, taps):  # taps (F, C)
+def filtered(lags, taps):  # their sum, weighed by taps (F, C)
     y = taps[0] * lags[0]
     for m in range(1, len(taps)):
         y = torch.addcmul(y, taps[m], lags[m])
@@ -274,7 +272,6 @@ def down(x, pairs, n=None):  # pairs: each level's (low, high) -> [a_L, d_L, ...
         n = None if n is None else (n + 1) // 2
         details.insert(0, d)
     return [x, *details]
-
 def up(bands, pairs, n=None):  # -> x, of an odd length with one sample more
     x, *details = bands
     for l, d in zip(reversed(range(len(pairs))), details):
@@ -349,7 +346,7 @@ class Wavelet(nn.Module):
             (a, *d), kept = undecimated(x, pair, 2 ** l, causal, None if past is None else past[l])
             details.insert(0, d[0] if d else x - a)
             rows.append(kept)
-            x = a if mask is None else a * mask[..., None]
+            x = masked(a, mask)
         return [x, *details], rows
 
     def init_past(self, B, **kw):  # the rows before the first token
@@ -362,9 +359,9 @@ def as_taps(h, x):
     check(h.dim() == 2 and len(h) % 2 == 0 < len(h), f"a low-pass has an even number of taps, not {len(h)}")
     if may_look(h):
         taps = h.detach().double()
-        for s in range(0, len(h), 2):  # orthonormal to its own even shifts
-            error = (taps[s:] * taps[:len(h) - s]).sum(0) - float(s == 0)
-            check(error.abs().max() < 1e-2, "these taps are not orthonormal: pass a name, or use Wavelet")
+        power = torch.fft.fft(taps, 2 * len(h), dim=0).abs().square()
+        error = power + power.roll(len(h), 0) - 2  # |H(w)|^2 + |H(w + pi)|^2 = 2
+        check(error.abs().max() < 0.02, "these taps are not orthonormal: pass a name, or use Wavelet")
         if 2 < len(h) <= 40:
             error = taps.flip(0) - daubechies(len(h) // 2)[:, None]
             check(error.abs().max() > 1e-4, "these taps are in reverse (dec_lo): pass rec_lo")
@@ -437,42 +434,40 @@ class Haar(nn.Module):
 
     def forward(self, x, mask=None, state=None):
         mask = as_mask(mask)
-        a = x if mask is None else x * mask[..., None]
+        a = masked(x, mask)
         if not self.undecimated:
             after = a if state is None else torch.cat((state, a), 1)
             y = self.block(after, mask)[:, after.size(1) - x.size(1):]
         else:
-            y, after = torch.zeros_like(a), []
+            bands, after = [], []
             for l in range(self.L):
                 past, pair = None if state is None else state[l], self.wavelet.filters(l)
                 (a, d), past = undecimated(a, pair, 2 ** l, self.causal, past)
-                if mask is not None:  # padding stays zero, as what lies beyond the end
-                    a = a * mask[..., None]
-                y = torch.addcmul(y, self.weight[l], d)
+                a = masked(a, mask)  # padding stays zero, as what lies beyond the end
+                bands.append(d)
                 after.append(past)
-            y = y + self.weight[self.L] * a
+            y = filtered([*bands, a], self.weight[:, 0])
         return self.c_proj(y) if state is None else (self.c_proj(y), after)
 
     def block(self, a, mask):  # the paper's, down through the levels and up again, zeros beyond the ends
         T, details, size = a.size(1), [], 2 ** self.L
         if not torch.compiler.is_compiling() and T > size:
             warnings.warn(f"decimated haar: nothing leaves a block of {size} tokens, of {T}: raise --levels")
+        whole = (T + size - 1) // size * size  # padded behind, so that every level halves
+        a = F.pad(a, (0, 0, 0, size))[:, :whole]
+        mask = a.new_ones(1, T).bool() if mask is None else mask
+        mask = F.pad(mask, (0, size))[:, :whole]  # how far the batch was padded must not matter
         for l in range(self.L):
             low, high = self.wavelet.filters(l)
-            K, p = -(-T // 2 ** (l + 1)), len(low) // 2 - 1
-            a = delayed(F.pad(a, (0, 0, p, p + 1)), len(low), 1, 2, K)
+            p = len(low) // 2 - 1
+            a = delayed(F.pad(a, (0, 0, p, p)), len(low), 1, 2, a.size(1) // 2)
             details.append(filtered(a, high))
-            a = filtered(a, low)
-            if mask is not None:  # how far the batch was padded must not matter
-                mask = F.pad(mask, (0, 1))[:, :2 * K].unflatten(1, (K, 2)).any(2)
-                a = a * mask[..., None]
-        left, right = self.weight[self.L, 0] * a, self.weight[self.L, -1] * a
-        y = left
+            mask = mask.unflatten(1, (-1, 2)).any(2)
+            a = masked(filtered(a, low), mask)
+        y = self.weight[self.L] * a[:, :, None]  # (B, K, 2, C)
         for d, w in zip(reversed(details), self.weight[:self.L].flip(0)):
-            left, right = left[:, :d.size(1)] + w[0] * d, right[:, :d.size(1)] + w[1] * d
-            y = torch.stack((left, right), 2).flatten(1, 2)  # (B, 2K, C)
-            left = right = y
-        return y[:, :T]
+            y = (y + w * d[:, :, None]).flatten(1, 2)[:, :, None]  # (B, 2K, 1, C)
+        return y[:, :T, 0].clone(memory_format=torch.contiguous_format)  # never a view: one graph
 
 class Wavspa(nn.Module):
     """WavSpA (arXiv 2210.01989, eq. 3): y = IDWT(attend(DWT(x))), every band attended.
@@ -494,7 +489,7 @@ class Wavspa(nn.Module):
     def forward(self, x, mask=None, state=None):
         mask, states = as_mask(mask), []
         n = None if mask is None else lengths(mask)
-        x = x if mask is None else x * mask[..., None]
+        x = masked(x, mask)
         past, inner = (None, None) if state is None else state
         if self.undecimated:
             bands, past = self.wavelet.undecimated(x, self.causal, mask, past)
@@ -527,11 +522,11 @@ def features(x, R, kind, query=False):
     R = R * m ** -0.5
     return F.relu(x @ R if query else R.mT @ x.mT)
 
-def normalise(y):  # sums (..., dh + 1) -> numerators over denominators (..., dh), 0 where nothing was seen
+def normalise(y):  # sums (..., dh + 1) -> the first dh over the last, 0 where nothing was seen
     return y[..., :-1] / (y[..., -1:] + 1e-6)
 
 def again(f, x, *more):
-    """f of a segment, made anew in the backward pass instead of stored: no T x m tensor is ever in memory."""
+    """f of a segment, made anew in the backward pass: no T x m tensor is ever stored."""
     if x.size(2) < SEGMENT or not torch.is_grad_enabled() or functorch(x):
         return f(x, *more)
     return checkpoint(f, x, *more, use_reentrant=False, preserve_rng_state=False)
@@ -539,7 +534,6 @@ def again(f, x, *more):
 def digest(k, v, R, kind):  # phi(k)^T v, all that is kept of a source: (B, H, m, dh + 1)
     parts = zip(k.split(SEGMENT, 2), v.split(SEGMENT, 2))
     return sum(again(lambda k, v: features(k, R, kind) @ v, *part) for part in parts)
-
 def read(q, S, R, kind):  # phi(q) S, normalised: (B, H, T, dh)
     ys = [again(lambda q: features(q, R, kind, True) @ S, part) for part in q.split(SEGMENT, 2)]
     return normalise(torch.cat(ys, 2))
@@ -573,7 +567,7 @@ class Wersa(Attention):
         self.register_buffer("R", torch.randn(self.head_size, cfg.n_features or 4 * self.head_size))
         self.wavelet = Wavelet(cfg.wavelet, cfg.learned, self.L, 2 * cfg.n_embd)
         if self.L > 0:
-            self.scale = nn.Parameter(torch.ones(cfg.n_head, self.L + 1))  # in the order a_L, d_L, ..., d_1
+            self.scale = nn.Parameter(torch.ones(cfg.n_head, self.L + 1))  # of a_L, d_L, ...
             self.filter = nn.Sequential(nn.Linear(cfg.n_embd, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                                         nn.Linear(64, cfg.n_head * (self.L + 1)), nn.Sigmoid())
 
@@ -676,8 +670,7 @@ class CrossWersa(CrossAttention):
     """phi(Q) (phi(K)^T V) over the source: T and S never meet. No wavelets: they would blur what is read."""
     def __init__(self, cfg):
         super().__init__(cfg)
-        dh = cfg.n_embd // cfg.n_head
-        self.kind = cfg.feature_map
+        dh, self.kind = cfg.n_embd // cfg.n_head, cfg.feature_map
         self.register_buffer("R", torch.randn(dh, cfg.n_features or 4 * dh))
 
     def digest(self, memory, mask=None):
@@ -798,14 +791,14 @@ class WaveletTransformer(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def num_params(self, part=None):  # or of the modules called mixer, cross, mlp, wte
+    def num_params(self, part=None):  # part: mixer, cross, mlp, wte ...
         return sum(p.numel() for n, p in self.named_parameters() if part is None or part in n.split("."))
 
     def embed(self, idx, t=0):
         check(idx.size(1) >= 1, "a sequence needs at least one token")
         x, end, most = self.wte(idx), t + idx.size(1), self.config.block_size
         if self.wpe is not None:
-            if end > most:  # no check(): its sentence would cost a compiler a graph for each length
+            if end > most:  # not check(): its sentence costs a graph a length
                 raise ValueError(f"{end} tokens do not fit --block_size={most}, --pos=learned")
             x = x + self.wpe(torch.arange(t, end, device=idx.device))
         return self.drop(x)
@@ -832,7 +825,7 @@ class WaveletTransformer(nn.Module):
         if cfg.arch == "encoder":
             x, mask = self.encode(idx)
             if cfg.pool == "mean":
-                x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+                x = masked(x, mask).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
             elif cfg.pool == "cls":
                 x = x[:, 0]
             logits = self.head(x)

@@ -950,10 +950,10 @@ def test_overfits_one_batch(text):  # catches: what only training shows: a wrong
     assert loss < 0.05
 
 
-GRAPHS = {("wersa", "encdec"): 3, ("wavspa wavelet_params=lift inner=wersa levels=2", "encoder"): 3}  # two halvings: one more
+GRAPHS = {("wersa", "encdec"): 3, ("haar undecimated=decoder", "encdec"): 3, ("wavspa wavelet_params=lift inner=wersa levels=2", "encoder"): 3}  # two halvings: one more
 
 
-@each("text,arch", [*product(MIXED, ("encoder", "decoder")), ("fourier", "encoder"), ("wersa", "encdec"), ("attention", "encdec"), ("haar", "encdec"), ("attention cross=place levels=3", "encdec")])
+@each("text,arch", [*product(MIXED, ("encoder", "decoder")), ("fourier", "encoder"), ("wersa", "encdec"), ("attention", "encdec"), ("haar", "encdec"), ("attention cross=place levels=3", "encdec"), ("haar undecimated=no", "encoder"), ("haar undecimated=decoder", "encdec")])
 def test_one_graph_for_all_lengths(text, arch, monkeypatch):  # catches: a graph for each length, a break, a Python number read from a tensor
     monkeypatch.undo()
     torch._dynamo.reset()
