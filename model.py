@@ -108,6 +108,8 @@ CHOICES = dict(  # and of mixers, below
 
 def wide(x):  # half precision becomes float32, where sums over T belong; float64 stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
+def no_autocast(x):  # which would round them; meta tensors have none
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 def functorch(x):  # is torch.func at work on this tensor?
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -608,7 +610,7 @@ class Wersa(Attention):
         q, k = self.placed(q, t), self.placed(k, t)
         v = F.pad(v, (0, 1), value=1.0) * real[:, None]  # beside it the denominator's ones
         R = self.R.to(q.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             if self.causal:
                 S = q.new_zeros(B, self.n_head, R.size(1), v.size(-1)) if S is None else S
                 y, S = read_causally(q, k, v, S, R, self.kind)
@@ -677,12 +679,12 @@ class CrossWersa(CrossAttention):
         k, v, mask = super().digest(memory, mask)
         v = F.pad(wide(v), (0, 1), value=1.0)
         v = v if mask is None else v * mask[:, None, :, None]
-        with torch.autocast(memory.device.type, enabled=False):
+        with no_autocast(memory):
             return digest(wide(k), v, self.R.to(v.dtype), self.kind)
 
     def read(self, x, source, t=0):
         q = wide(self.placed(self.heads(self.c_q(x)), t, self.ratio))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             y = read(q, source, self.R.to(q.dtype), self.kind)
         return self.out(y.to(x.dtype))
 

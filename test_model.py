@@ -474,6 +474,49 @@ def test_construction_elsewhere(text):  # catches: a tensor made on another devi
     with torch.device("meta"):
         m = WaveletTransformer(config(text, arch="encdec", block_size=16))
     assert {p.device.type for p in [*m.parameters(), *m.buffers()]} == {"meta"}
+    idx = torch.ones(2, 9, dtype=torch.long, device="meta")
+    logits, loss = m(idx, idx, idx)  # shapes and FLOPs can be had without memory
+    loss.backward()
+    assert logits.shape == (2, 9, m.config.vocab_size) and logits.is_meta
+    assert m.decode(idx, m.init_state(2, idx))[0].is_meta
+
+
+@each("text,arch", product(MIXED, ("encdec", "encoder", "decoder")))
+def test_gradients_of_each_row_alone(text, arch, monkeypatch):
+    # catches: a place in the whole model, its crosses too, that torch.func cannot enter
+    monkeypatch.undo()
+    m, idx, src = transformer(text, arch), tokens(2, 9), tokens(2, 11, seed=2)
+    args = dict(encdec=(idx, idx, src), encoder=(idx, idx[:, 0] % 2), decoder=(idx, idx))[arch]
+    weights = dict(m.named_parameters())
+
+    def loss(weights, *row):
+        return torch.func.functional_call(m, weights, tuple(x[None] for x in row))[1]
+    rows = (None, *[0] * len(args))
+    each_row = torch.func.vmap(torch.func.grad(loss), rows, randomness="different")(weights, *args)
+    m(*(x[1:] for x in args))[1].backward()
+    for name, weight in weights.items():
+        close(each_row[name][1], torch.zeros_like(weight) if weight.grad is None else weight.grad, 1e-5)
+
+
+@each("text", MIXED[:7])
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # torch says that torchao takes over
+def test_dynamic_quantisation(text):  # catches: a weight that is read past its Linear
+    m = transformer(text, "encdec").eval()
+    small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(m), {nn.Linear}, dtype=torch.qint8)
+    logits, want = small(tokens(2, 9), src=SOURCE)[0], m(tokens(2, 9), src=SOURCE)[0]
+    assert not torch.equal(logits, want) and (logits - want).abs().max() < 0.2 * want.abs().max()
+    assert small.generate(tokens(2, 3), 4, src=SOURCE).shape == (2, 7)
+
+
+@each("kind", list(M.CROSSES))
+@each("dtype", (torch.float16, torch.bfloat16))
+@torch.no_grad()
+def test_a_long_source_in_half_precision(kind, dtype):  # catches: sums over 24,000 tokens beyond 65,504
+    cross = build_cross(ModelConfig(mixer="haar", cross=kind, n_embd=16, block_size=24_000)).to(dtype)
+    x, memory = rand(1, 50, 16).to(dtype), (rand(1, 24_000, 16) + 6).to(dtype)
+    y, want = cross(x, memory).double(), cross.double()(x.double(), memory.double())
+    assert (y - want).norm() < 0.005 * want.norm()
 
 
 HALF = lines("attention | haar gate=0 | haar undecimated=no gate=0 | wersa | wersa feature_map=exp | wavspa levels=4")
