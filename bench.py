@@ -4,6 +4,8 @@ Measure: what every mixer promises, how fast it is, what trained models score.
     python bench.py variants  # reconstruction, leak, chunks, state of every variant
     python bench.py speed --json=results/speed.json  # time and memory beside flash attention, by turns
     python bench.py steps --nanogpt=DIR  # whole training steps beside nanoGPT's
+    python bench.py compiled  # what the compiler costs, and from which step on it pays
+    python bench.py gpu --nanogpt=DIR  # all of it that wants a GPU, in pieces, results/gpu-*.json
     python bench.py quality --suite=numbers  # train a grid, one row of results/numbers.csv per run
     python bench.py report  # results/ -> tables in both READMEs, and the figures
 
@@ -39,6 +41,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import model
@@ -48,6 +51,8 @@ from sample import keep_freed_pages, register
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 
 # -----------------------------------------------------------------------------
 # controls and peers: mixers that are no part of the model, each a subclass of one that is
@@ -174,7 +179,7 @@ def leaking_positions(m, x, y):
 
 def in_chunks(m, x, cuts):
     """x (B,T,C) read from cut to cut -> y, and the state's bytes a row at each cut."""
-    state, ys, sizes = m.init_state(len(x), dtype=x.dtype), [], {}
+    state, ys, sizes = m.init_state(len(x), x.device, x.dtype), [], {}
     for start, end in zip([0, *cuts], cuts):
         y, state = m(x[:, start:end], state=state)
         ys.append(y)
@@ -182,29 +187,45 @@ def in_chunks(m, x, cuts):
     return torch.cat(ys, 1), sizes
 
 def reconstruction(m):
-    """max |idwt(dwt(x)) - x| of a mixer's own transform, its parameters shaken first; - if it has none."""
+    """max |idwt(dwt(x)) - x| of a mixer's own transform, its parameters shaken first, if it has one."""
     for w in m.modules():
         if isinstance(w, model.Wavelet) and w.L > 0:
             for q in w.parameters():
                 q.add_(0.3 * torch.randn_like(q))
-            x = torch.randn(2, 256, w.C)
-            return f"{(w.idwt(w.dwt(x)) - x).abs().max().item():.1e}"
-    return "-"
+            x = torch.randn(2, 256, w.C, device=w.taps.device)
+            return f"{(w.idwt(w.dwt(x)) - x).abs().max():.0e}"
+    return ""
+
+def pad_error(fields, x):
+    """max |y - y'| of an encoder's rows with and without 56 rows of noise behind them, which a mask hides."""
+    T = x.size(1) - 56
+    cfg = ModelConfig(arch="encoder", n_embd=x.size(2), block_size=256, **fields)
+    m = build_mixer(cfg).to(x.device).eval()
+    mask = torch.arange(x.size(1), device=x.device).expand(len(x), -1) < T
+    return (m(x, mask)[:, :T] - m(x[:, :T], mask[:, :T])).abs().max().item()
 
 @torch.no_grad()
 def variants(args):
-    print(" " * 53 + "parameters idwt(dwt)  leak  chunks state at 64    at 256 of 256 tokens, C=64, causal")
+    """256 tokens, C = 64: what the promises come to, on the GPU if there is one."""
+    rows = []
     for fields in all_variants():
         torch.manual_seed(0)
-        m = build_mixer(ModelConfig(n_embd=64, block_size=256, **fields), causal=True).eval()
+        m = build_mixer(ModelConfig(n_embd=64, block_size=256, **fields), causal=True).to(DEVICE).eval()
         x, cuts = torch.randn(2, 256, 64), sorted({64, 256, *torch.randint(1, 256, (8,)).tolist()})
+        x = x.to(DEVICE)
         y = m(x)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            half = (m(x).float() - y).norm() / y.norm()
         pieces, sizes = in_chunks(m, x, cuts)
-        leak, error = leaking_positions(m, x, y), (pieces - y).abs().max()
-        params, lost = sum(q.numel() for q in m.parameters()), reconstruction(m)
         name = " ".join(f"{k}={v}" for k, v in fields.items()) + " (the paper's)" * ("undecimated" in fields)
-        print(f"{name:52s} {params:10,d} {lost:>9s} {leak:5d} {error:7.1e}",
-              f"{sizes[64]:9,d} B {sizes[256]:7,d} B")
+        rows.append({"causal mixer": name, "parameters": sum(q.numel() for q in m.parameters()),
+                     "leak": leaking_positions(m, x, y), "chunks": f"{(pieces - y).abs().max():.0e}",
+                     "pads, encoder": f"{pad_error(fields, x):.0e}", "bf16": f"{half:.0e}",
+                     "bytes of state at 64": sizes[64], "at 256": sizes[256],
+                     "idwt(dwt)": reconstruction(m)})
+    print(as_table(rows[0], [row.values() for row in rows]))
+    if args.json:
+        save_run(args.json, dict(card=card_of(args), rows=rows))
 
 # -----------------------------------------------------------------------------
 # speed
@@ -244,7 +265,7 @@ SHOWN = ["haar, L=8", "haar, causal, L=8", "wersa, m=128", "wersa, causal, m=128
 AT, POSITIONS = 8192, (1024, 65536)  # where the tables look first; where a token is decoded
 
 def sync():
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.synchronize()
 
 def by_turns(calls, budget=2.0):
@@ -302,21 +323,46 @@ def passes(m, card, T):
     return call
 
 def peak():
-    """The most memory that this process has held so far, in bytes."""
-    if torch.cuda.is_available():
+    """The most memory that this process has held so far, on a GPU since the last reset, in bytes."""
+    if CUDA:
         return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+def memory_of(call):
+    """How far a call raises the peak, in bytes. On a CPU this sees no more than what a process never had."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    before = peak()
+    call()
+    sync()
+    return peak() - before
+
+def floor_of(call, m, card, T):
+    """Seconds that a call of m, forward and backward, would take at this GPU's own limits: its matrix
+    products, or x, y, their gradients and the weights touched once."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    size = getattr(torch, card["dtype"]).itemsize
+    touched = size * (4 * T * card["n_embd"] + 3 * sum(q.numel() for q in m.parameters()))
+    return max(counter.get_total_flops() / card["flops"], touched / card["bandwidth"])
+
+def limits(dtype):
+    """What this GPU copies (bytes a second, read and written) and multiplies (FLOP a second) at best."""
+    a = torch.randn(8192, 8192, device=DEVICE).to(dtype)
+    calls = {"matmul": lambda: a @ a, "copy": lambda: a.clone()}
+    by_turns(calls, 0)
+    best = {name: min(seconds) for name, seconds in by_turns(calls, 1.0).items()}
+    return dict(flops=2 * 8192**3 / best["matmul"], bandwidth=2 * a.nbytes / best["copy"])
+
 def cell(name, T, card):
-    """One arm at one length, in a process of its own: its peak memory over module and input, then its time by
-    turns with what it is held against -> a dict for each form."""
+    """One arm at one length: its peak memory over module and input, then its time by turns with what it is
+    held against -> a dict for each form."""
     modules = {"eager": build(name, card, T)}
     call, against = passes(modules["eager"], card, T), SPEED[name][2]
     passes(modules["eager"], card, 8)()  # threads, autograd's engine, lazy imports
-    before = peak()
-    call()
-    memory, found = peak() - before, []
+    memory, found = memory_of(call), []
+    floor = floor_of(call, modules["eager"], card, T) if CUDA else 0.0
     if against:
         modules["eager rival"] = build(against, card, T)
     if card["compile"]:
@@ -329,7 +375,8 @@ def cell(name, T, card):
     seconds = by_turns(calls)
     for form in ("eager", "compiled"):
         if form in seconds:
-            c = dict(arm=name, T=T, form=form, seconds=statistics.median(seconds[form]), memory=memory)
+            taken = statistics.median(seconds[form])
+            c = dict(arm=name, T=T, form=form, seconds=taken, memory=memory, of_floor=floor / taken)
             if against:
                 c["ratio"] = times_faster(seconds[form], seconds[f"{form} rival"])
             if "first" in seconds:  # of the first edition's time
@@ -361,13 +408,17 @@ def decode_cell(name, T, card):
                  ratio=times_faster(read["whole"], read["state"]))]
 
 def in_a_process(job):
-    work, name, T, card = job
+    """(work, name, lengths, card) -> what work finds at each length, up to the first that is too long."""
+    work, name, lengths, card = job
     torch.set_num_threads(card["threads"])
     keep_freed_pages()
-    try:
-        return work(name, T, card)
-    except torch.cuda.OutOfMemoryError:
-        return []
+    found = []
+    for T in lengths:
+        try:
+            found += work(name, T, card)
+        except torch.cuda.OutOfMemoryError:
+            break
+    return found
 
 def chosen(arms, word):
     """The arm that --only names, or all whose name holds it."""
@@ -376,25 +427,32 @@ def chosen(arms, word):
         raise SystemExit(f"no arm's name holds --only={word}, there are: {'; '.join(arms)}")
     return found
 
+def card_of(args):
+    """What a run was made on, and with."""
+    return dict(name=machine_name(), device=DEVICE, threads=torch.get_num_threads(), torch=torch.__version__,
+                git=git_state(), date=time.strftime("%Y-%m-%d"))
+
 def speed(args):
-    cuda = torch.cuda.is_available()
-    lengths = args.lengths or [2 ** i for i in (range(10, 18) if cuda else range(9, 14))]
-    dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    card = dict(name=machine_name(), device="cuda" if cuda else "cpu", threads=torch.get_num_threads(),
-                dtype=dtype, torch=torch.__version__, git=git_state(), date=time.strftime("%Y-%m-%d"),
-                n_embd=args.n_embd, n_head=args.n_head, compile=args.compile)
-    runs = load_runs(args.json) if args.json else []  # a bad file is found before the work
+    lengths = args.lengths or [2 ** i for i in (range(10, 18) if CUDA else range(9, 14))]
+    dtype = args.dtype or ("bfloat16" if CUDA else "float32")
+    card = dict(card_of(args), dtype=dtype, n_embd=args.n_embd, n_head=args.n_head, compile=args.compile)
+    if CUDA:
+        card.update(limits(getattr(torch, dtype)))
+    if args.json:
+        load_runs(args.json)  # a bad file is found before the work
     if args.first:
         load_library(args.first, "first_edition")
     names, jobs, cells = chosen(SPEED, args.only), [], []
-    print("  ".join(f"{k} {v}" for k, v in card.items()))
+    print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in card.items()))
     names += {SPEED[name][2] for name in names} - {None, *names}
     more = dict(card, first=args.first, first_at=args.first and (AT if AT in lengths else lengths[-1]))
     for name in names:
         stored = "stored" in name
-        jobs += [(cell, name, T, more) for T in lengths if cuda or args.lengths or T <= 4096 or not stored]
+        mine = [T for T in lengths if CUDA or args.lengths or T <= 4096 or not stored]
+        # a GPU compiles once for all lengths; on a CPU each wants a peak of its own
+        jobs += [(cell, name, mine, more)] if CUDA else [(cell, name, [T], more) for T in mine]
         if SPEED[name][1] and not stored:
-            jobs.append((decode_cell, name, args.prompt, card))
+            jobs.append((decode_cell, name, [args.prompt], card))
     fresh = get_context("forkserver")
     fresh.set_forkserver_preload(["torch", "numpy", "tqdm"])  # imported once, before the fork
     for job in tqdm(jobs, unit="cell", leave=False):
@@ -406,14 +464,19 @@ def speed(args):
     run = dict(card=card, cells=cells)
     print("\n" + "\n".join(speed_tables([run])))
     if args.json:
-        with replacing(args.json) as f:
-            json.dump([*runs, run], f, indent=1)
+        save_run(args.json, run)
+
+def save_run(path, run):
+    """Add a run to the list of runs in that file."""
+    runs = [*load_runs(path), run]
+    with replacing(path) as f:
+        json.dump(runs, f, indent=1)
 
 def load_runs(path):
     """The list of runs to which speed --json appends."""
     try:
         runs = json.loads(Path(path).read_text()) if os.path.exists(path) else []
-        assert isinstance(runs, list) and all({"card", "cells"} <= run.keys() for run in runs)
+        assert isinstance(runs, list) and all("card" in run for run in runs)
     except (OSError, ValueError, AssertionError, AttributeError, TypeError):
         raise SystemExit(f"{path} holds no list of runs of bench.py speed --json: move it away")
     return runs
@@ -425,14 +488,16 @@ def merged(runs):
     runs = [run for run in runs if all(run["card"][k] == runs[-1]["card"][k] for k in kind)]
     where, found, cells = f"{len(runs)} run{'s' * (len(runs) > 1)}", {}, {}
     for k in runs[0]["card"]:
-        where += f", {k} " + " ".join(dict.fromkeys(str(run["card"][k]) for run in runs))
+        values = [run["card"].get(k) for run in runs]
+        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
+        where += f", {k} " + " ".join(dict.fromkeys(values))
     for run in runs:
         for c in run["cells"]:
             found.setdefault((c["arm"], c["T"], c["form"]), []).append(c)
     for key, same in found.items():
         m = cells[key] = dict(ratio="", of_first="", sure=all(c.get("ratio", [0])[0] > 1 for c in same))
-        for k in ("seconds", "memory", "ms"):
-            if k in same[0]:
+        for k in ("seconds", "memory", "ms", "of_floor"):
+            if all(k in c for c in same):
                 m[k] = np.median([c[k] for c in same], 0)
         for k in ("ratio", "of_first"):
             triples = [c[k] for c in same if k in c]
@@ -475,7 +540,10 @@ def speed_tables(runs, names=None):
             memory = c["memory"] / max(base["memory"], 1)
             rows.append([name, against, c["ratio"], crossover(cells, name, "eager"), compiled["ratio"],
                          crossover(cells, name, "compiled"), f"{memory:.2f}"])
-    yield as_table(["", "against", "eager", "ahead from T", "compiled", "ahead from T", "its memory"], rows)
+            if c.get("of_floor"):
+                rows[-1].append(f"{max(c['of_floor'], compiled.get('of_floor', 0)):.0%}")
+    head = ["", "against", "eager", "ahead from T", "compiled", "ahead from T", "its memory"]
+    yield as_table(head + ["of the GPU's limit"] * (len(rows[0]) > len(head) if rows else 0), rows)
     rows = [[arm, *(f"{ms:.3f}" for ms in c["ms"]), f"{T:,}", f"{c['seconds']:.3f}", c["ratio"]]
             for (arm, T, form), c in cells.items() if form == "decode" and arm in arms]
     if rows:
@@ -498,6 +566,15 @@ def speed_tables(runs, names=None):
                 rows.append([name, *(f"{c[key] * scale:.2f}{r}" if c else "" for c, r in zip(row, ratio))])
         if rows:
             yield "\n" + as_table([f"{form}, {unit}", *(f"T={T:,}" for T in lengths)], rows)
+
+def run_table(path):
+    """A file of runs of speed, or the last run of another command, as Markdown."""
+    runs = load_runs(path)
+    if "cells" in runs[-1]:
+        return "\n".join(speed_tables(runs)).strip()
+    card, rows = runs[-1]["card"], runs[-1]["rows"]
+    made = ", ".join(f"{k} {v}" for k, v in card.items())
+    return f"{made}.\n\n{as_table(rows[0], [row.values() for row in rows])}"
 
 @contextmanager
 def figure(path, n, size):
@@ -526,52 +603,151 @@ def against_length(ax, runs, names):
     ax.set_xscale("log", base=2)
     ax.legend(fontsize=7)
 
+def training_step(net, batch, compiled):
+    """-> a call that takes a whole training step of a decoder on batch, (idx, targets)."""
+    with redirect_stdout(None):  # nanoGPT's own says what it configures
+        optimizer = net.to(DEVICE).configure_optimizers(0.1, 1e-3, (0.9, 0.99), DEVICE)
+    run = torch.compile(net, dynamic=True) if compiled else net
+
+    def call():
+        with torch.autocast("cuda", torch.bfloat16) if CUDA else nullcontext():
+            loss = run(*batch)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return call
+
 def steps(args):
     """Tokens a second of whole training steps, ours and by turns nanoGPT's own GPT (--nanogpt, a copy of
     github.com/karpathy/nanoGPT), at the shapes of its Shakespeare example; or of 2 rows of --lengths."""
-    cuda = torch.cuda.is_available()
-    device, B, shape = "cpu", 12, dict(n_layer=4, n_head=4, n_embd=128, block_size=64)
-    if cuda:
-        device, B, shape = "cuda", 64, dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
+    B, shape = 12, dict(n_layer=4, n_head=4, n_embd=128, block_size=64)
+    if CUDA:
+        B, shape = 64, dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
     if args.lengths:  # the WERSA paper's small model on one long text
         B, shape = 2, dict(n_layer=2, n_head=4, n_embd=64, block_size=args.lengths[0])
-    nets = {}
-    if args.nanogpt:
+    nets, rows = {}, []
+    if args.nanogpt and not args.lengths:
         theirs = load_library(args.nanogpt, "nanogpt")
         with redirect_stdout(None):
             nets["nanoGPT"] = theirs.GPT(theirs.GPTConfig(vocab_size=65, dropout=0.0, bias=False, **shape))
     for fields in (dict(mixer="attention", gate=False, pos="learned"), dict(mixer="attention"),
-                   dict(mixer="haar"), dict(mixer="wersa"), dict(mixer="haar,haar,haar,attention")):
+                   dict(mixer="haar"), dict(mixer="wersa"), dict(mixer="wavspa", wavelet="db2"),
+                   dict(mixer="haar,haar,haar,attention")):
         name = " ".join(f"{k}={v}" for k, v in fields.items())
         nets[name] = model.WaveletTransformer(ModelConfig(arch="decoder", vocab_size=65, **shape, **fields))
-    idx = torch.randint(1, 65, (2, B, shape["block_size"]), device=device)
+    idx = torch.randint(1, 65, (2, B, shape["block_size"]), device=DEVICE)
+    flops, memory = {}, {}
+    calls = {name: training_step(net, idx, compiled=CUDA) for name, net in nets.items()}
     keep_freed_pages()
-
-    def training_step(net):
-        with redirect_stdout(None):
-            optimizer = net.to(device).configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
-        run = torch.compile(net, dynamic=True) if cuda else net
-
-        def call():
-            with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-                loss = run(*idx)[1]
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return call
-    calls, rows = {name: training_step(net) for name, net in nets.items()}, []
+    if CUDA:
+        best = limits(torch.bfloat16)["flops"]
+        for name, net in nets.items():
+            with FlopCounterMode(display=False) as counter, torch.autocast("cuda", torch.bfloat16):
+                net(*idx)[1].backward()
+            flops[name] = counter.get_total_flops()
     by_turns(calls, 1.0)
+    if CUDA:
+        memory = {name: memory_of(call) for name, call in calls.items()}
     seconds = by_turns(calls, 20.0)
     for name, s in seconds.items():
-        rate = idx[0].numel() / statistics.median(s)
-        ratio = interval(*times_faster(s, next(iter(seconds.values()))))
-        rows.append([name, f"{statistics.median(s) * 1e3:.1f}", f"{rate:,.0f}", ratio])
-    print(f"{machine_name()}, torch {torch.__version__}, {git_state()}: {B} rows of {shape}\n")
-    print(as_table(["", "ms a step", "tokens a second", "times as fast as the first"], rows))
+        taken = statistics.median(s)
+        row = {"": name, "ms a step": f"{taken * 1e3:.1f}",
+               "tokens a second": f"{idx[0].numel() / taken:,.0f}",
+               "times as fast as the first": interval(*times_faster(s, next(iter(seconds.values()))))}
+        if CUDA:
+            row["of the GPU's FLOP/s"] = f"{flops[name] / taken / best:.1%}"
+            row["peak MiB"] = f"{memory[name] / 2**20:,.0f}"
+        rows.append(row)
+    card = dict(card_of(args), rows=B, **shape)
+    print("  ".join(f"{k} {v}" for k, v in card.items()) + "\n")
+    print(as_table(rows[0], [row.values() for row in rows]))
+    if args.json:
+        save_run(args.json, dict(card=card, rows=rows))
+
+def compiled_cell(arch, mixer, card):
+    """Training steps of ten ragged batches, eager and compiled block by block, as train.py does -> a row."""
+    torch.manual_seed(0)
+    fields = dict(block_size=card["block_size"], n_embd=card["n_embd"], n_head=card["n_head"])
+    net = model.WaveletTransformer(ModelConfig(arch=arch, mixer=mixer, **fields)).to(DEVICE)
+    batches = []
+    for T in torch.linspace(card["block_size"] // 4, card["block_size"], 10).long().tolist():
+        idx = torch.randint(1, 256, (8, T - 1), device=DEVICE)  # of odd lengths, too
+        target = idx[:, 0] % 2 if arch == "encoder" else idx
+        batches.append((idx, target, idx) if arch == "encdec" else (idx, target))
+
+    def train():  # once through all lengths -> seconds of each
+        seconds = []
+        for batch in batches:
+            began = time.perf_counter()
+            with torch.autocast("cuda", torch.bfloat16) if CUDA else nullcontext():
+                loss = net(*batch)[1]
+            loss.backward()
+            net.zero_grad(set_to_none=True)
+            sync()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+    train()
+    eager = train() + train()
+    for block in [*getattr(net, "encoder", []), *getattr(net, "decoder", [])]:
+        block.compile(dynamic=True)
+    first, compiled = train(), train() + train()
+    cost, won = sum(first) - sum(compiled) / 2, sum(eager) - sum(compiled)
+    pays = f"{cost / (won / 20):,.0f}" if won > 0 else "never"
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return [{"": f"{arch}, {mixer}", "graphs": graphs, "compiled in, seconds": f"{cost:.0f}",
+             "eager, ms": f"{statistics.mean(eager) * 1e3:.1f}",
+             "compiled, ms": f"{statistics.mean(compiled) * 1e3:.1f}",
+             "times as fast": interval(*times_faster(compiled, eager)), "pays from step": pays}]
+
+def compiled(args):
+    """What the compiler costs and wins, for each mixer: 8 rows of ten lengths up to a block of 512."""
+    card, rows = dict(card_of(args), n_embd=args.n_embd, n_head=args.n_head, block_size=512, n_layer=2), []
+    print("  ".join(f"{k} {v}" for k, v in card.items()) + "\n")
+    fresh = get_context("forkserver")
+    for arch in ("decoder", "encoder", "encdec"):
+        for mixer in ("attention", "haar", "wavspa", "wersa"):
+            if args.only and args.only not in f"{arch}, {mixer}":
+                continue
+            with ProcessPoolExecutor(1, fresh) as process:
+                rows += process.submit(in_a_process, (compiled_cell, arch, [mixer], card)).result()
+            print(as_table(rows[0], [row.values() for row in rows]).splitlines()[-1], flush=True)
+    print("\n" + as_table(rows[0], [row.values() for row in rows]))
+    if args.json:
+        save_run(args.json, dict(card=card, rows=rows))
+
+GPU = {  # piece -> what it runs: a command of this file, or a training; each ends within minutes
+    "variants": "bench.py variants", "steps": "bench.py steps",
+    "steps-131072": "bench.py steps --lengths=131072",
+    **{f"speed-{C}-{arm}": f"bench.py speed --n_embd={C} --n_head={C // 64} --only={arm}"
+       for C in (1024, 512) for arm in ("haar", "wersa", "wavspa")},
+    **{f"compiled-{arch}": f"bench.py compiled --only={arch}" for arch in ("decoder", "encoder", "encdec")},
+    **{f"numbers-{mixer}": f"train.py --preset=gpu --mixer={mixer} --resume --out_dir=data/runs/gpu-{mixer}"
+       for mixer in ("wersa", "haar", "attention", "wavspa", "haar,attention")}}
+
+def gpu(args):
+    """All that a GPU is wanted for, in pieces that each leave a results/gpu-NAME.json and are skipped where
+    that is there: a run that is cut off loses the piece at hand."""
+    for name, command in GPU.items():
+        path = RESULTS / f"gpu-{name}.json"
+        if path.exists() or args.only and args.only not in name:
+            continue
+        began, (script, *flags) = time.time(), command.split()
+        print(f"\n## {path.name}: python {command}\n", flush=True)
+        if script == "bench.py":
+            flags.append(f"--json={path}")
+        if args.nanogpt and flags[0] == "steps":
+            flags.append(f"--nanogpt={args.nanogpt}")
+        ended = subprocess.run([sys.executable, HERE / script, *flags])
+        if ended.returncode == 0 and script == "train.py":
+            found = json.loads(Path(flags[-1].partition("=")[2], "result.json").read_text())
+            row = {found["metric"]: f"{found['test_metric']:.3f}", "parameters": f"{found['params']:,}",
+                   "minutes": f"{found['seconds'] / 60:.1f}"}
+            save_run(path, dict(card=card_of(args), rows=[row]))
+        print(f"\n{name}: exit code {ended.returncode}, {time.time() - began:.0f} s", flush=True)
 
 def machine_name():
-    if torch.cuda.is_available():
+    if CUDA:
         return torch.cuda.get_device_name()
     try:
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
@@ -975,10 +1151,14 @@ def report(args):
     """results/ -> the tables of results/README.md, two of the main README, and the figures."""
     own, runs, blocks = RESULTS / "README.md", load_runs(RESULTS / "speed.json"), {}
     text = own.read_text(encoding="utf-8")
+    for path in sorted(RESULTS.glob("*.json")):
+        if "speed" not in path.stem or path.stem.startswith("gpu"):
+            blocks[path.stem] = run_table(path)
     for path in sorted(RESULTS.glob("**/*.csv")):
         name = path.relative_to(RESULTS).with_suffix("").as_posix()
         blocks[name] = f"{protocol(name)}\n{table(path)}" if name in SUITES else table(path)
-        if name in SUITES and f"<!-- {name} -->" not in text:  # its first rows: a section of its own
+    for name in blocks:
+        if "/" not in name and f"<!-- {name} -->" not in text:  # its first rows: a section of its own
             section = f"### {name}\n\n<!-- {name} -->\n<!-- end -->\n\n"
             text = text.replace("## First edition", section + "## First edition", 1)
     for path in RESULTS.glob("**/faults.md"):  # python test_model.py 20 > results/faults.md
@@ -996,15 +1176,16 @@ def report(args):
     fill(HERE / "README.md", main)
     overview(runs)
 
-FLAGS = dict(variants="mixers_from", quality="suite only arm source data_dir jobs", report="",
-             speed="only lengths prompt n_embd n_head dtype compile json first", steps="lengths nanogpt")
+FLAGS = dict(variants="mixers_from json", quality="suite only arm source data_dir jobs", report="",
+             speed="only lengths prompt n_embd n_head dtype compile json first", gpu="only nanogpt",
+             steps="lengths nanogpt json", compiled="only n_embd n_head json")
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head is no error
     p = Parser(description=__doc__)
-    p.add("what", choices=["variants", "speed", "steps", "quality", "report"], help="what to measure")
-    p.add("--only", help="one arm, or all whose name holds this (speed, quality)")
+    p.add("what", choices=list(FLAGS), help="what to measure")
+    p.add("--only", help="one arm, or all whose name holds this (speed, compiled, gpu, quality)")
     p.add("--mixers_from", help="variants: a Python file that registers more mixers")
     p.section("quality")
     p.add("--suite", default="decoders", choices=list(SUITES), help="a stopped one goes on where it was")
@@ -1019,9 +1200,9 @@ if __name__ == "__main__":
     p.add("--n_head", type=int, default=4, low=1, high=2**16)
     p.add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: 16 bits on CUDA")
     p.add("--compile", type=bool, default=True, help="time the compiled modules too")
-    p.add("--json", type=writable, help="add this run to the list of runs in that file")
+    p.add("--json", type=writable, help="add this run to the list of runs in that file (not quality)")
     p.add("--first", help="a copy of the first edition (commit 9d7600d), timed beside ours")
-    p.add("--nanogpt", help="steps: a copy of nanoGPT, timed beside ours")
+    p.add("--nanogpt", help="steps, gpu: a copy of nanoGPT, timed beside ours")
     args = p.parse_args()
     if args.n_embd % args.n_head:
         p.error(f"--n_embd={args.n_embd} must be divisible by --n_head={args.n_head}")
@@ -1030,5 +1211,6 @@ if __name__ == "__main__":
             p.error(f"--{flag} is no flag of {args.what}, it takes: {FLAGS[args.what] or 'none'}")
     if args.mixers_from:
         register(args.mixers_from)
-    commands = dict(variants=variants, speed=speed, steps=steps, quality=quality, report=report)
+    commands = dict(variants=variants, speed=speed, steps=steps, compiled=compiled, gpu=gpu, quality=quality,
+                    report=report)
     commands[args.what](args)

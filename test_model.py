@@ -5,6 +5,7 @@ PyWavelets and hypothesis are wanted by a few tests, which are skipped without t
 names wrong versions that it catches. A mixer that you add to MIXERS is taken up by every promise below.
 """
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -481,7 +482,7 @@ def test_construction_elsewhere(text):  # catches: a tensor made on another devi
     assert m.decode(idx, m.init_state(2, idx))[0].is_meta
 
 
-@each("text,arch", product(MIXED, ("encdec", "encoder", "decoder")))
+@each("text,arch", [*product(MIXED, ("encdec", "encoder", "decoder"))])
 def test_gradients_of_each_row_alone(text, arch, monkeypatch):
     # catches: a place in the whole model, its crosses too, that torch.func cannot enter
     monkeypatch.undo()
@@ -2372,13 +2373,34 @@ def test_flags_of_the_bench_belong_to_a_command(tmp_path):
     assert row["arm"] == "tiny" and "--levels=2" in row["flags"] and row["steps"] == "2"
 
 
+def test_what_a_gpu_is_wanted_for(tmp_path, monkeypatch, capsys):
+    # catches: a piece with a flag that its command has not, one that is done again or counted as done when it failed
+    import bench
+    for command in bench.GPU.values():
+        script, what, *flags = command.split()
+        if script == "bench.py":
+            assert all(flag[2:].partition("=")[0] in bench.FLAGS[what].split() for flag in [*flags, "--json="]), command
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "GPU", dict(one="bench.py steps --lengths=32", bad="bench.py steps --prompt=3"))
+    args = argparse.Namespace(only=None, nanogpt=None)
+    bench.gpu(args)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu-one.json"]
+    table = bench.run_table(tmp_path / "gpu-one.json")
+    assert "block_size 32" in table and "| mixer=wersa |" in table
+    bench.gpu(args)
+    assert capsys.readouterr().out.count("gpu-bad.json") == 2 and len(json.load(open(tmp_path / "gpu-one.json"))) == 1
+
+
 def test_variants_take_up_every_mixer(tmp_path):
     # catches: a mixer of the reader's own that bench does not see, a leak that it does not count
     source = "import torch, torch.nn as nn, model\n" + inspect.getsource(Mean) + "\nmodel.MIXERS['mean'] = Mean\n"
     (tmp_path / "mine.py").write_text(source)
     said = run("bench.py", "variants", "--mixers_from=mine.py", cwd=tmp_path)
-    rows = [line for line in said.splitlines() if line.startswith("mixer=")]
-    assert any(line.startswith("mixer=mean ") for line in rows) and len(rows) > 25
+    rows = [line for line in said.splitlines() if line.startswith("| mixer=")]
+    for row in rows:  # leak, chunks, pads, half precision
+        leak, chunks, pads, half = map(float, row.split("|")[3:7])
+        assert "paper's" in row or leak == 0 and chunks < 1e-5 and pads < 1e-5 and half < 0.03, row
+    assert any(line.startswith("| mixer=mean ") for line in rows) and len(rows) > 25
     flags = [*TINY, "--mixer=mean,attention", "--mixers_from=mine.py", "--out_dir=own", "--max_iters=2"]
     prepare_data.prepare("numbers", str(tmp_path / "data"), rows=200)
     run("train.py", *flags, cwd=tmp_path)
