@@ -5,6 +5,7 @@ Measure: what every mixer promises, how fast it is, what trained models score.
     python bench.py speed --json=results/speed.json  # time and memory beside flash attention, by turns
     python bench.py steps --nanogpt=DIR  # whole training steps beside nanoGPT's
     python bench.py compiled  # what the compiler costs, and from which step on it pays
+    python bench.py transforms  # dwt and idwt beside PyWavelets and ptwt
     python bench.py gpu --nanogpt=DIR  # all of it that wants a GPU, in pieces, results/gpu-*.json
     python bench.py quality --suite=numbers  # train a grid, one row of results/numbers.csv per run
     python bench.py report  # results/ -> tables in both READMEs, and the figures
@@ -17,6 +18,7 @@ controls and peers are mixers that register themselves when this file is importe
 
 import csv
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -134,6 +136,20 @@ class Multires(model.Haar):
     def __init__(self, cfg, causal=False):
         super().__init__(replace(cfg, mixer="haar", wavelet_params="free", undecimated="yes"), causal)
         self.wavelet = OnePair(cfg.wavelet, self.L, cfg.n_embd)
+
+class Dilated(Multires):
+    """Multires as its authors write it: a grouped, dilated conv1d a filter. To be timed; it has no state."""
+
+    def forward(self, x, mask=None):
+        low, high = (taps.mT[:, None].contiguous() for taps in self.wavelet.filters(0))  # (C, 1, 2)
+        a, y = x.mT, 0
+        for l in range(self.L):
+            padded = nn.functional.pad(a, (2 ** l, 0))
+            d = nn.functional.conv1d(padded, high, dilation=2 ** l, groups=len(high))
+            a = nn.functional.conv1d(padded, low, dilation=2 ** l, groups=len(low))
+            y = y + self.weight[l].mT * d
+        y = y + self.weight[self.L].mT * a
+        return self.c_proj(y.mT)
 
 class Softmax(model.Attention):
     """What the papers compare with: attention that stores its T x T matrix."""
@@ -257,6 +273,8 @@ SPEED = {  # arm -> (mixer, causal, what it is held against, its fields); ungate
     "wersa, causal, m=128": ("wersa", True, CAUSAL, dict(n_features=128)),
     "wersa, causal, m=1024": ("wersa", True, CAUSAL, dict(n_features=1024)),
     "wavspa, causal, 1 level": ("wavspa", True, CAUSAL, dict(wavelet="db2", levels=1)),
+    "MultiresConv, causal, L=8": ("multires", True, CAUSAL, dict(levels=8)),
+    "MultiresConv by conv1d, causal, L=8": (Dilated, True, CAUSAL, dict(levels=8)),
     "haar core, no projection": (Core, False, "copy", dict(undecimated="no")),
     "copy": (Copy, False, None, {}),
 }
@@ -451,7 +469,7 @@ def speed(args):
         mine = [T for T in lengths if CUDA or args.lengths or T <= 4096 or not stored]
         # a GPU compiles once for all lengths; on a CPU each wants a peak of its own
         jobs += [(cell, name, mine, more)] if CUDA else [(cell, name, [T], more) for T in mine]
-        if SPEED[name][1] and not stored:
+        if SPEED[name][1] and not stored and isinstance(SPEED[name][0], str):
             jobs.append((decode_cell, name, [args.prompt], card))
     fresh = get_context("forkserver")
     fresh.set_forkserver_preload(["torch", "numpy", "tqdm"])  # imported once, before the fork
@@ -715,6 +733,44 @@ def compiled(args):
     print("\n" + as_table(rows[0], [row.values() for row in rows]))
     if args.json:
         save_run(args.json, dict(card=card, rows=rows))
+
+def transforms(args):
+    """dwt, and dwt, idwt and their gradient, beside PyWavelets and ptwt where they are installed, by turns:
+    5 levels of 16 channels, float32."""
+    rows, pywt, ptwt = [], installed("pywt"), installed("ptwt")
+    compiled_dwt = torch.compile(model.dwt, dynamic=True)
+
+    def gradient(x, y):
+        y.square().sum().backward()
+        x.grad = None
+    for wavelet in ("haar", "db2", "db8"):
+        for T in args.lengths or (2 ** n for n in range(10, 21, 2)):
+            x, h = torch.randn(1, T, 16), model.daubechies(wavelet).float()
+            leaf, lines = x.clone().requires_grad_(), x[0].mT.clone().requires_grad_()
+            array, constant = x[0].numpy(), lines.detach()
+            calls = {"dwt": lambda: model.dwt(x, h, 5), "compiled": lambda: compiled_dwt(x, h, 5),
+                     "gradient": lambda: gradient(leaf, model.idwt(model.dwt(leaf, h, 5), h))}
+            if pywt:
+                calls["pywt"] = lambda: pywt.wavedec(array, wavelet, "periodization", 5, axis=0)
+            if ptwt:
+                there = dict(wavelet=wavelet, mode="periodic", level=5)
+                calls["ptwt"] = lambda: ptwt.wavedec(constant, **there)
+                calls["ptwt, gradient"] = lambda: gradient(
+                    lines, ptwt.waverec(ptwt.wavedec(lines, **there), wavelet))
+            by_turns(calls, 0)
+            seconds = by_turns(calls)
+            row = {"ms": f"{wavelet}, {T:,}"}
+            row.update({name: f"{statistics.median(s) * 1e3:.2f}" for name, s in seconds.items()})
+            for other, ours in (("pywt", "dwt"), ("ptwt", "dwt"), ("ptwt, gradient", "gradient")):
+                if other in seconds:
+                    row[f"{other} / {ours}"] = interval(*times_faster(seconds[ours], seconds[other]))
+            rows.append(row)
+    print(as_table(rows[0], [row.values() for row in rows]))
+    if args.json:
+        save_run(args.json, dict(card=card_of(args), rows=rows))
+
+def installed(name):
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 GPU = {  # piece -> what it runs: a command of this file, or a training; each ends within minutes
     "variants": "bench.py variants", "steps": "bench.py steps",
@@ -1178,7 +1234,7 @@ def report(args):
 
 FLAGS = dict(variants="mixers_from json", quality="suite only arm source data_dir jobs", report="",
              speed="only lengths prompt n_embd n_head dtype compile json first", gpu="only nanogpt",
-             steps="lengths nanogpt json", compiled="only n_embd n_head json")
+             transforms="lengths json", steps="lengths nanogpt json", compiled="only n_embd n_head json")
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
@@ -1211,6 +1267,6 @@ if __name__ == "__main__":
             p.error(f"--{flag} is no flag of {args.what}, it takes: {FLAGS[args.what] or 'none'}")
     if args.mixers_from:
         register(args.mixers_from)
-    commands = dict(variants=variants, speed=speed, steps=steps, compiled=compiled, gpu=gpu, quality=quality,
-                    report=report)
+    commands = dict(variants=variants, speed=speed, steps=steps, compiled=compiled, transforms=transforms,
+                    gpu=gpu, quality=quality, report=report)
     commands[args.what](args)

@@ -2373,6 +2373,20 @@ def test_flags_of_the_bench_belong_to_a_command(tmp_path):
     assert row["arm"] == "tiny" and "--levels=2" in row["flags"] and row["steps"] == "2"
 
 
+def test_peers_of_the_transforms(tmp_path, capsys):
+    # catches: a peer that is timed at something else, a library that must be there
+    import bench
+    fields = dict(arch="decoder", n_embd=8, levels=4, block_size=64)
+    ours, theirs = (kind(ModelConfig(**fields), True) for kind in (bench.Multires, bench.Dilated))
+    theirs.load_state_dict(ours.state_dict())
+    close(theirs(rand(2, 50, 8)), ours(rand(2, 50, 8)), 1e-6)
+    bench.transforms(argparse.Namespace(lengths=[64], json=str(tmp_path / "t.json")))
+    (run,) = json.load(open(tmp_path / "t.json"))
+    assert [row["ms"] for row in run["rows"]] == ["haar, 64", "db2, 64", "db8, 64"]
+    assert "| haar, 64 |" in capsys.readouterr().out
+    assert bench.installed("no_such_library") is None
+
+
 def test_what_a_gpu_is_wanted_for(tmp_path, monkeypatch, capsys):
     # catches: a piece with a flag that its command has not, one that is done again or counted as done when it failed
     import bench
