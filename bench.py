@@ -1107,6 +1107,25 @@ def said(values):
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
+def welch(a, b):
+    """Two-sided p of Welch's t-test (1947) that two samples of at least 2 have one mean."""
+    va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
+    if va + vb == 0:
+        return float(statistics.mean(a) == statistics.mean(b))
+    t = abs(statistics.mean(a) - statistics.mean(b)) / math.sqrt(va + vb)
+    n = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))  # degrees of freedom
+    x, step = np.linspace(0, t, 200_000, endpoint=False, retstep=True)
+    inside = 2 * step * ((1 + (x + step / 2) ** 2 / n) ** (-(n + 1) / 2)).sum()  # of Student's density
+    scale = math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi * n)
+    return max(0.0, 1 - inside * scale)
+
+def against(rows, first):
+    """How far an arm's scores lie from the first arm's, and p."""
+    a, b = score(rows), score(first)
+    if rows is first or min(len(a), len(b)) < 2:
+        return ""
+    return f"{statistics.mean(a) - statistics.mean(b):+.3f}, p = {welch(a, b):.1g}"
+
 def score(rows, key="test_metric"):
     return [float(r[key]) for r in rows]
 
@@ -1134,14 +1153,15 @@ def table(path):
     beyond = [] if early else next(iter(far.values()))[0]
     rates = sorted({r["learning_rate"] for r in rows}, key=float)
     head = ["arm", "parameters", f"{rows[0]['metric']}, test"]
-    head += [*(f"at up to {f['block_size']} tokens" for f in beyond), "test loss", "n"]
+    first = next(iter(best))
+    head += [*(f"at up to {f['block_size']} tokens" for f in beyond), "test loss", "n", f"less {first}"]
     if len(rates) > 1:  # what val chose, and the choice itself
         head += ["rate", *(f"test at {rate}" for rate in rates)]
     for arm in in_order(best):
         rs = best[arm]
         line = [arm, f"{int(rs[0]['params']):,}", said(score(rs))]
         line += [said([f[i]["metric"] for f in far[arm]]) for i in range(len(beyond))]
-        line += [said(score(rs, "test_loss")), len(rs)]
+        line += [said(score(rs, "test_loss")), len(rs), against(rs, best[first])]
         if len(rates) > 1:
             line.append(rs[0]["learning_rate"])
             for rate in rates:

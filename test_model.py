@@ -2373,6 +2373,14 @@ def test_flags_of_the_bench_belong_to_a_command(tmp_path):
     assert row["arm"] == "tiny" and "--levels=2" in row["flags"] and row["steps"] == "2"
 
 
+def test_welchs_p():
+    # catches: equal variances assumed, one side for two, a tail cut short; the values are scipy.stats.ttest_ind's
+    import bench
+    for a, b, p in (([1, 2, 3], [2, 3, 5], 0.284627), ([0.1, 0.2, 0.15], [5, 9, 7, 8], 0.0036207),
+                    ([1.0, 1.1], [1.0, 1.1], 1.0), ([1, 1, 1], [2, 2, 2], 0.0)):
+        assert bench.welch(a, b) == pytest.approx(p, rel=1e-4)
+
+
 def test_peers_of_the_transforms(tmp_path, capsys):
     # catches: a peer that is timed at something else, a library that must be there
     import bench
