@@ -91,12 +91,13 @@ def load_model(path, device="cpu"):
         raise SystemExit(f"{path} has a tokenizer that is not its model's: restore a copy, or train again")
     return model.to(device).eval(), tokenizer, meta
 
-def keep_freed_pages():
-    """On a CPU each step asks for the same sizes; pages that went back to the kernel cost it a tenth."""
+def keep_freed_pages(keep=True):
+    """On a CPU each step asks for the same sizes; pages that went back to the kernel cost it a tenth. Without
+    keep they go at once, so that a process's peak is what its tensors take."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *a: 0)
-        mallopt(-3, 2**25)
-        mallopt(-1, 2**30)
+        mallopt(-3, 2**25 if keep else 2**16)
+        mallopt(-1, 2**30 if keep else 2**16)
 
 def there(name):
     """A --device that this machine has, or an error that argparse shows."""
