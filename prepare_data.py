@@ -905,6 +905,129 @@ def read_ragged(folder, stem, dtype, vocab_size=2**32):
           "the data set again")
     return tokens, idx
 
+def collate(rows, head=(), tail=(), fill=PAD, most=2**31):
+    """Lists of ids -> (B, T) int64, each between head and tail, filled up to a multiple of 8, or most."""
+    import torch  # here, as preparing needs none
+    n = max(len(row) for row in rows) + len(head) + len(tail)
+    out = np.full((len(rows), max(n, min(n + -n % 8, most))), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, :len(head) + len(row) + len(tail)] = [*head, *row, *tail]
+    return torch.from_numpy(out)
+
+def open_split(folder, meta, split, T):
+    """A split of a data set, its rows or windows cut to T tokens."""
+    kind = Rows if meta["arch"] == "encdec" or "labels" in meta else Stream
+    return kind(folder, meta, split, T)
+
+class Rows:
+    """Sentence pairs, or rows with labels, of one split, each cut to T tokens."""
+
+    def __init__(self, folder, meta, split, T):
+        self.T = T
+        self.arch = meta["arch"]
+        self.kind = meta.get("labels")  # of labels: row, token, or None
+        self.sides = []
+        for side in ("src", "tgt") if self.arch == "encdec" else ("src",):
+            self.sides.append(read_ragged(folder, f"{split}.{side}", meta["dtype"], meta["vocab_size"]))
+        whole = [np.diff(begin) for _, begin in self.sides]
+        room = T - (self.arch != "encoder")  # for bos or eos
+        self.lengths = [np.minimum(n, room) for n in whole]
+        self.cut = int((np.maximum(whole[0], whole[-1]) > room).sum())
+        self.labels = self.groups = None
+        if self.kind:
+            self.labels = np.memmap(Path(folder) / f"{split}.label.bin", np.int32, "r")
+            most = meta["n_classes"] if self.arch == "encoder" else meta["vocab_size"]
+            check(-1 <= self.labels.min() <= self.labels.max() < most, f"{folder}/{split}.label.bin has "
+                  f"labels beyond the {most} known: prepare the data set again")
+        if "groups" in meta:
+            self.groups = np.memmap(Path(folder) / f"{split}.group.bin", np.int32, "r")
+        if self.kind is None:  # targets of each row
+            self.asked = self.lengths[-1] + 1
+        elif self.kind == "row":
+            self.asked = np.ones(len(self), dtype=int)
+        else:
+            before = np.r_[0, np.cumsum(self.labels >= 0)]
+            begin = self.sides[0][1][:-1]
+            self.asked = before[begin + self.lengths[0]] - before[begin]
+        check(self.asked.all(), f"--block_size={T} cuts {(self.asked == 0).sum()} {split} rows before "
+              "anything is asked in them: raise it")
+        self.per_row = self.asked.mean()
+        self.epoch = None
+
+    def __len__(self):
+        return len(self.lengths[0])
+
+    def first(self, limit):
+        return np.arange(min(limit, len(self)))
+
+    def at(self, step, size, seed):
+        """The rows of a step: a shuffled epoch, in pools sorted by length, cut in batches, shuffled."""
+        per_epoch, pool = len(self) // size, 50 * size
+        check(per_epoch, f"a step takes {size} rows, train has {len(self)}: lower --batch_size")
+        epoch, i = divmod(step, per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([seed, epoch])
+            order = rng.permutation(len(self))[:per_epoch * size]
+            for start in range(0, len(order), pool):
+                rows = order[start:start + pool]
+                order[start:start + pool] = rows[np.lexsort([n[rows] for n in self.lengths])]
+            self.epoch, self.plan = epoch, rng.permutation(order.reshape(-1, size))
+        return self.plan[i]
+
+    def cut_out(self, rows, values, side=0):
+        begin, n = self.sides[side][1], self.lengths[side]
+        return [values[begin[r]:begin[r] + n[r]] for r in rows]
+
+    def batch(self, rows):
+        """-> (idx, targets, src) or (idx, targets), padded at their ends, and how many targets count."""
+        src = self.cut_out(rows, self.sides[0][0])
+        if self.kind:
+            head = [BOS] if self.arch == "decoder" else []
+            return (collate(src, head, most=self.T), self.beside(rows, self.labels)), self.weight(rows)
+        tgt = self.cut_out(rows, self.sides[1][0], side=1)
+        idx = collate(tgt, head=[BOS], most=self.T)
+        targets = collate(tgt, tail=[EOS], most=self.T)
+        return (idx, targets, collate(src, tail=[EOS], most=self.T)), self.weight(rows)
+
+    def beside(self, rows, values):
+        """Labels or groups of rows: (B,), or (B, T) beside the tokens, -1 where there is none."""
+        if self.kind == "row":
+            import torch
+            return torch.from_numpy(values[rows].astype(np.int64))
+        head = [-1] if self.arch == "decoder" else []
+        return collate(self.cut_out(rows, values), head, fill=-1, most=self.T)
+
+    def weight(self, rows):
+        return int(self.asked[rows].sum())
+
+class Stream:
+    """One long text: training windows of T tokens anywhere, evaluation windows side by side."""
+    cut, groups, kind = 0, None, None
+
+    def __init__(self, folder, meta, split, T):
+        self.T = self.per_row = T
+        self.tokens, _ = read_ragged(folder, split, meta["dtype"], meta["vocab_size"])
+        self.lengths = [np.full(len(self), T)]
+        check(len(self.tokens) > T, f"{folder}/{split}.bin has {len(self.tokens)} tokens, too few for windows "
+              f"of {T}: lower --block_size or --eval_block_size")
+
+    def __len__(self):
+        return -(-(len(self.tokens) - 1) // self.T)
+
+    def first(self, limit):
+        return self.T * np.arange(min(limit, len(self)))
+
+    def at(self, step, size, seed):
+        return np.random.default_rng([seed, step]).integers(0, len(self.tokens) - self.T, size)
+
+    def batch(self, starts):
+        rows = [self.tokens[s:s + self.T + 1] for s in starts]
+        idx = collate([row[:-1] for row in rows], most=self.T)
+        return (idx, collate([row[1:] for row in rows], most=self.T)), self.weight(starts)
+
+    def weight(self, starts):
+        return int(np.minimum(self.T, len(self.tokens) - 1 - starts).sum())
+
 def fingerprint(source):  # sha256 over the source files, so that an edited file counts as another source
     digest = hashlib.sha256()
     for path in map(Path, source.split(",")):

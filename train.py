@@ -34,10 +34,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, lock, need, prepare
-from prepare_data import read_ragged, replacing, stopped
-from sample import FORMAT, KINDS, build, collate, keep_freed_pages, load_checkpoint, one_line, register, there
-from sample import translate
+from prepare_data import PAD, Parser, Tokenizer, comma_separated, load_meta, lock, need, open_split, prepare
+from prepare_data import replacing, stopped
+from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, one_line, register, there, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
@@ -198,7 +197,8 @@ if device_type == "cuda":
 
 # ---- settings: what was typed, what the checkpoint, the preset and the data set say
 preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
-settings = {**vars(args), **PRESETS[preset], **kept, **given, "preset": preset}
+said = {**PRESETS[preset], **kept, **given, "preset": preset}
+settings = {**vars(args), **said}
 if world > 1:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=settings["dist_timeout"]))
@@ -216,13 +216,14 @@ if world > 1:
 meta = load_meta(folder)
 if meta["metric"] == "bleu":
     sacrebleu = need("sacrebleu")
-from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta}
-from_data.update(cross_ratio=meta.get("ratio", 1.0), pad_id=PAD)
-for k, v in from_data.items():
-    if k in ("vocab_size", "n_classes", "pad_id") and given.get(k, v) != v:
+advice = {k: meta[k] for k in ("arch", "block_size", "pool") if k in meta}
+advice["cross_ratio"] = meta.get("ratio", 1.0)
+fixed = {k: meta[k] for k in ("vocab_size", "n_classes") if k in meta}
+fixed["pad_id"] = PAD
+for k, v in fixed.items():
+    if given.get(k, v) != v:
         stop(f"--{k}={given[k]} is {v} in {settings['dataset']}: leave it out", 2)
-    if k not in given and k not in PRESETS[preset] and not ckpt:
-        settings[k] = v
+settings = {**settings, **advice, **said, **fixed}
 cfg = type(args)(**settings)
 try:
     model_cfg = ModelConfig(**{f.name: settings[f.name] for f in dataclasses.fields(ModelConfig)})
@@ -257,115 +258,7 @@ tokenizer = Tokenizer(meta["tokenizer"])
 labels = meta.get("labels")  # row, token, or None
 T_max = cfg.block_size
 
-class Rows:
-    """Sentence pairs, or rows with labels, of one split, each cut to T tokens."""
-
-    def __init__(self, split, T):
-        sides = ("src", "tgt") if cfg.arch == "encdec" else ("src",)
-        self.sides = [read_ragged(folder, f"{split}.{side}", meta["dtype"], cfg.vocab_size) for side in sides]
-        whole = [np.diff(begin) for _, begin in self.sides]
-        room = T - (cfg.arch != "encoder")  # for bos or eos
-        self.T = T
-        self.lengths = [np.minimum(n, room) for n in whole]
-        self.cut = int((np.maximum(whole[0], whole[-1]) > room).sum())
-        self.labels = self.values(split, "label") if labels else None
-        self.groups = self.values(split, "group") if "groups" in meta else None
-        if labels is None:  # targets of each row
-            self.asked = self.lengths[-1] + 1
-        elif labels == "row":
-            self.asked = np.ones(len(self), dtype=int)
-        else:
-            before, begin = np.r_[0, np.cumsum(self.labels >= 0)], self.sides[0][1][:-1]
-            self.asked = before[begin + self.lengths[0]] - before[begin]
-        if not self.asked.all():
-            n = (self.asked == 0).sum()
-            stop(f"--block_size={T} cuts {n} {split} rows before anything is asked in them: raise it")
-        most = cfg.n_classes if cfg.arch == "encoder" else cfg.vocab_size
-        if labels and not -1 <= self.labels.min() <= self.labels.max() < most:
-            stop(f"{folder}/{split}.label.bin has labels beyond the {most} known: prepare the data set again")
-        self.epoch = None
-
-    def values(self, split, name):
-        return np.memmap(os.path.join(folder, f"{split}.{name}.bin"), dtype=np.int32, mode="r")
-
-    def __len__(self):
-        return len(self.lengths[0])
-
-    def first(self, limit):
-        return np.arange(min(limit, len(self)))
-
-    def at(self, step):
-        """The rows of a step: a shuffled epoch, in pools sorted by length, cut in batches, shuffled."""
-        per_epoch, pool = len(self) // step_rows, 50 * step_rows
-        if per_epoch == 0:
-            stop(f"a step takes {step_rows} rows, {cfg.dataset} has {len(self)}: lower --batch_size", 2)
-        epoch, i = divmod(step, per_epoch)
-        if epoch != self.epoch:
-            rng = np.random.default_rng([cfg.seed, epoch])
-            order = rng.permutation(len(self))[:per_epoch * step_rows]
-            for start in range(0, len(order), pool):
-                rows = order[start:start + pool]
-                order[start:start + pool] = rows[np.lexsort([n[rows] for n in self.lengths])]
-            self.epoch, self.plan = epoch, rng.permutation(order.reshape(-1, step_rows))
-        return self.plan[i]
-
-    def cut_out(self, rows, values, side=0):
-        begin, n = self.sides[side][1], self.lengths[side]
-        return [values[begin[r]:begin[r] + n[r]] for r in rows]
-
-    def batch(self, rows):
-        """-> (idx, targets, src) or (idx, targets), padded at their ends, and how many targets count."""
-        src = self.cut_out(rows, self.sides[0][0])
-        if labels:
-            head = [BOS] if cfg.arch == "decoder" else []
-            return (collate(src, head, most=self.T), self.beside(rows, self.labels)), self.weight(rows)
-        tgt = self.cut_out(rows, self.sides[1][0], side=1)
-        idx = collate(tgt, head=[BOS], most=self.T)
-        targets = collate(tgt, tail=[EOS], most=self.T)
-        return (idx, targets, collate(src, tail=[EOS], most=self.T)), self.weight(rows)
-
-    def beside(self, rows, values):
-        """Labels or groups of rows: (B,), or (B, T) beside the tokens, -1 where there is none."""
-        if labels == "row":
-            return torch.from_numpy(values[rows].astype(np.int64))
-        head = [-1] if cfg.arch == "decoder" else []
-        return collate(self.cut_out(rows, values), head, fill=-1, most=self.T)
-
-    def weight(self, rows=slice(None)):
-        return int(self.asked[rows].sum())
-
-class Stream:
-    """One long text: training windows of T tokens anywhere, evaluation windows side by side."""
-
-    cut, groups = 0, None
-
-    def __init__(self, split, T):
-        self.T = T
-        self.tokens, _ = read_ragged(folder, split, meta["dtype"], cfg.vocab_size)
-        self.lengths = [np.full(len(self), T)]
-        if len(self.tokens) <= T:
-            flag = "block_size" if T == T_max else "eval_block_size"
-            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --{flag}={T}: lower it")
-
-    def __len__(self):
-        return -(-(len(self.tokens) - 1) // self.T)
-
-    def first(self, limit):
-        return self.T * np.arange(min(limit, len(self)))
-
-    def at(self, step):
-        return np.random.default_rng([cfg.seed, step]).integers(0, len(self.tokens) - self.T, step_rows)
-
-    def batch(self, starts):
-        rows = [self.tokens[s:s + self.T + 1] for s in starts]
-        idx = collate([row[:-1] for row in rows], most=self.T)
-        return (idx, collate([row[1:] for row in rows], most=self.T)), self.weight(starts)
-
-    def weight(self, starts):
-        return int(np.minimum(self.T, len(self.tokens) - 1 - starts).sum())
-
-Data = Rows if cfg.arch == "encdec" or labels else Stream
-splits = {split: Data(split, T_max) for split in ("train", "val", "test")}
+splits = {split: open_split(folder, meta, split, T_max) for split in ("train", "val", "test")}
 train = splits["train"]
 far = "long" if "long" in meta["splits"] else "test"  # what is measured at --eval_block_size
 if cfg.eval_block_size is not None:
@@ -373,8 +266,7 @@ if cfg.eval_block_size is not None:
 else:
     Ts_far = [int(np.max(meta["splits"]["long"]["longest"])) + 1] if far == "long" else []
 # read before training, so that what is missing there is told now
-beyond = {T: Data(far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}
-average = step_rows * (train.weight() / len(train) if Data is Rows else T_max)  # targets in a step
+beyond = {T: open_split(folder, meta, far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}
 
 def to_device(tensors):
     if device_type == "cuda":
@@ -384,12 +276,12 @@ def to_device(tensors):
 def micro_batches(step):
     """This process's part of a step, built on the host: [(tensors, share of the step's targets)], and how its
     targets compare with an average step's: short rows count for less, as all targets count the same."""
-    rows = train.at(step)
+    rows = train.at(step, step_rows, cfg.seed)
     total, batches = train.weight(rows), []
     for part in np.array_split(rows[rank::world], micro_steps):
         tensors, n = train.batch(part)
         batches.append((to_device(tensors), n / total))
-    return batches, total / average
+    return batches, total / (step_rows * train.per_row)
 
 # ---- model and optimiser
 torch.manual_seed(cfg.seed)
