@@ -1028,6 +1028,54 @@ class Stream:
     def weight(self, starts):
         return int(np.minimum(self.T, len(self.tokens) - 1 - starts).sum())
 
+def roc_auc(score, positive):
+    """Area under the ROC curve: the chance that a positive row scores above a negative one, a tie is half."""
+    _, at, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[at]
+    n = positive.sum()
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+def macro_f1(guess, answer):
+    """The mean over classes of 2 hits / (guesses + answers), which a majority class alone does not carry."""
+    each = []
+    for c in np.union1d(guess, answer):
+        hits = (guess == c) & (answer == c)
+        each.append(2 * hits.sum() / ((guess == c).sum() + (answer == c).sum()))
+    return float(np.mean(each))
+
+def draw_curves(folders, path):
+    """Runs laid over one another, one colour each, from the log.csv in their folders to a PNG."""
+    from matplotlib.figure import Figure  # here, as training goes without it; of pyplot no state stays
+    from matplotlib.ticker import LogLocator
+    figure = Figure(figsize=(14, 4))
+    figure.subplots_adjust(left=0.04, right=0.98, bottom=0.13)
+    losses, metric, rate = figure.subplots(1, 3)
+    losses.set(title="loss: thin in training, dots on val", yscale="log")
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter("")
+    metric.set_title("metric on val")
+    rate.set_title("learning rate")
+    rate.ticklabel_format(axis="y", scilimits=(0, 0))
+    for i, folder in enumerate(folders):
+        text = read_text(os.path.join(folder, "log.csv"))
+        text = text[:text.rfind("\n") + 1]  # the last line may be half written
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        name = Path(folder).resolve().name
+        for panel, column, style in ((losses, "nll", dict(linewidth=0.7, alpha=0.6)),
+                                     (losses, "val_loss", dict(marker="o", markersize=4, label=name)),
+                                     (metric, "val_metric", dict(marker="o", markersize=4)),
+                                     (rate, "lr", dict())):
+            there = [row for row in rows if row[column]]
+            steps = [int(row["step"]) for row in there]
+            panel.plot(steps, [float(row[column]) for row in there], color=f"C{i}", **style)
+    for panel in (losses, metric, rate):
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    losses.legend()
+    with replacing(path, "wb") as f:
+        figure.savefig(f, dpi=100, format="png")
+
 def fingerprint(source):  # sha256 over the source files, so that an edited file counts as another source
     digest = hashlib.sha256()
     for path in map(Path, source.split(",")):

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
 from prepare_data import PAD, Parser, Tokenizer, comma_separated, load_meta, lock, need, open_split, prepare
-from prepare_data import replacing, stopped
+from prepare_data import macro_f1, replacing, roc_auc, stopped
 from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, one_line, register, there, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
@@ -98,27 +98,27 @@ given = p.given  # the flags that were really typed
 if args.mixers_from:
     register(args.mixers_from)
 
-def idle(cfg, names):
-    """A sentence about the first of names, typed flags, that changes nothing in a model of cfg, or None."""
-    layers = [cfg.of_layer(i) for i in range(cfg.n_layer)]
+def refuse_idle(cfg, layers, typed):
+    """A typed flag that changes nothing in this model ends in one sentence."""
     mixers = {layer.mixer for layer in layers}
-    if not mixers <= {"attention", "haar", "wavspa", "wersa", "fourier"}:
-        mixers = set()  # a mixer of the user's own may look at anything
+    own = not mixers <= {"attention", "haar", "wavspa", "wersa", "fourier"}  # and may look at anything
     used = mixers | {cfg.inner} if "wavspa" in mixers else mixers
+    crosses = {layer.cross_kind for layer in layers} if cfg.arch == "encdec" else set()
     wavelets = [layer for layer in layers if layer.mixer in ("haar", "wavspa", "wersa")]
     bands = any(layer.n_levels > 0 for layer in wavelets)
-    crosses = {layer.cross_kind for layer in layers} if cfg.arch == "encdec" else set()
-    for flags, works, need in (
-            ("window", "attention" in used, "attention, as a mixer or in wavspa"),
-            ("levels", wavelets or crosses & {"aligned", "place"}, "haar, wavspa, wersa or an aligned cross"),
-            ("wavelet wavelet_params undecimated", bands, "haar, wavspa or wersa, with --levels"),
-            ("inner wavspa_shared", "wavspa" in mixers, "--mixer=wavspa"),
-            ("n_features feature_map", "wersa" in used | crosses, "wersa, as a mixer, in wavspa or as cross"),
+    for names, works, needs in (
+            ("window", own or "attention" in used, "attention, as a mixer or in wavspa"),
+            ("levels", own or wavelets or crosses & {"aligned", "place"},
+             "haar, wavspa, wersa or an aligned cross"),
+            ("wavelet wavelet_params undecimated", own or bands, "haar, wavspa or wersa, with --levels"),
+            ("inner wavspa_shared", own or "wavspa" in mixers, "--mixer=wavspa"),
+            ("n_features feature_map", own or "wersa" in used | crosses,
+             "wersa, as a mixer, in wavspa or as cross"),
             ("cross cross_ratio", cfg.arch == "encdec", "--arch=encdec"),
             ("pool n_classes", cfg.arch == "encoder", "--arch=encoder")):
-        for name in flags.split():
-            if name in names and not works and (mixers or "--arch" in need):
-                return f"--{name} changes nothing in this model, it needs {need}: leave it out"
+        for name in names.split():
+            if name in typed and not works:
+                stop(f"--{name} changes nothing in this model, it needs {needs}: leave it out", 2)
 
 # ---- what is said, and by whom
 world = int(os.environ.get("WORLD_SIZE", 1))
@@ -146,11 +146,11 @@ def own():
 
 def unforeseen(kind, e, trace):
     """What to say instead of a traceback where the cause lies outside."""
-    outside, full = issubclass(kind, (RuntimeError, OSError)), "out of memory|can't allocate memory"
-    if world > 1 and outside and re.search("(?i)gloo|nccl|peer|timed? ?out|socket|store", str(e)):
+    said = str(e) if issubclass(kind, (RuntimeError, OSError)) else ""
+    if world > 1 and re.search("(?i)gloo|nccl|peer|timed? ?out|socket|store", said):
         print(f"process {rank} of {world} has lost the others ({one_line(e)}): see what the first of them "
               "said, then --resume", file=sys.stderr)
-    elif issubclass(kind, MemoryError) or outside and re.search(full, str(e)):
+    elif issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", said):
         print(f"out of memory ({one_line(e)}): lower --batch_size and raise --gradient_accumulation_steps by "
               "the same factor, or take a smaller model", file=sys.stderr)
     else:
@@ -232,17 +232,17 @@ except ValueError as e:
 if ckpt:
     if any(ckpt["meta"].get(k) != meta[k] for k in ("files", "tokenizer")):
         stop(f"{folder} is not the data set of this run: bring that back, or take another --out_dir")
-    old, changed = ckpt["model_args"], []
+    differs = []
     for k, new in dataclasses.asdict(model_cfg).items():
-        if k not in ("dropout", "label_smoothing") and old.get(k) != new:
-            changed.append(f"{k}: {old.get(k)} in the checkpoint, {new} now")
-    if changed:
-        stop(f"--resume cannot change the model ({'; '.join(changed)}): take another --out_dir for that")
+        old = ckpt["model_args"].get(k)
+        if old != new and k not in ("dropout", "label_smoothing"):
+            differs.append(f"{k}: {old} in the checkpoint, {new} now")
+    if differs:
+        stop(f"--resume cannot change the model ({'; '.join(differs)}): take another --out_dir for that")
 if cfg.arch != meta["arch"]:
     stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is for {meta['arch']}: leave it out")
-if idle(model_cfg, given):
-    stop(idle(model_cfg, given), 2)
 layers = [model_cfg.of_layer(i) for i in range(cfg.n_layer)]
+refuse_idle(model_cfg, layers, given)
 literal = any(c.mixer == "haar" and c.n_levels > 0 and not c.is_undecimated(causal=True) for c in layers)
 if literal and cfg.arch != "encoder" and not cfg.leak:
     stop("--undecimated=no leaks in a decoder: each position sees the rest of its block, its own label too; "
@@ -403,21 +403,6 @@ def from_all_ranks(mine):
         out[r::world] = part
     return out
 
-def roc_auc(score, positive):
-    """Area under the ROC curve: the chance that a positive row scores above a negative one, a tie is half."""
-    _, at, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[at]
-    n = positive.sum()
-    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
-
-def macro_f1(guess, answer):
-    """The mean over classes of 2 hits / (guesses + answers), which a majority class alone does not carry."""
-    each = []
-    for c in np.union1d(guess, answer):
-        hits = (guess == c) & (answer == c)
-        each.append(2 * hits.sum() / ((guess == c).sum() + (answer == c).sum()))
-    return float(np.mean(each))
-
 @torch.no_grad()
 def evaluate(data, limit):
     """The first rows of a split, the same each time, shared by all processes -> loss (mean per target),
@@ -533,11 +518,11 @@ if master:
             os.rename(out, f"{out}.{n}")
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
             owner = own()  # of the new folder, as the lock has moved too
-        size = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-        size *= 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
+        megabytes = sum(v.nbytes for v in model.state_dict().values()) / 1e6
+        megabytes *= 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
         disk = shutil.disk_usage(out)
-        if disk.total and disk.free < size:  # some disks say 0 of 0
-            stop(f"{out} has room for {disk.free / 1e6:,.0f} MB, the checkpoints need {size / 1e6:,.0f} MB: "
+        if disk.total and disk.free < 1e6 * megabytes:  # some disks say 0 of 0
+            stop(f"{out} has room for {disk.free / 1e6:,.0f} MB, the checkpoints need {megabytes:,.0f} MB: "
                  "make room, or take another --out_dir")
         if ckpt and os.path.exists(log_path) and os.path.getsize(log_path) >= ckpt["log_bytes"]:
             os.truncate(log_path, ckpt["log_bytes"])  # what was logged after the checkpoint happens again
