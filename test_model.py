@@ -1119,7 +1119,7 @@ def script(path, argv, cwd, out):
 class Forked:
     """subprocess.Popen's face for a script, forked where torch is imported already: most of a short run is that import."""
     server = get_context("forkserver")
-    server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "test_model"])
+    server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "matplotlib.backends.backend_agg", "test_model"])
     turn = Lock()                                              # multiprocessing reaps all children in start and exitcode: two threads at once lose an exit code
 
     def __init__(self, name, flags, cwd):
@@ -1458,6 +1458,26 @@ def test_resume_says_what_changed(work):
     assert "changed from step 12 on: out_dir=changed was whole, max_iters=14 was 12\n" in said
     assert open(f"{out}/config.00012.json").read() == before and json.load(open(f"{out}/config.json"))["max_iters"] == 14
     assert "changed from" not in run("train.py", "--resume", "--out_dir=changed", cwd=work)
+
+
+def test_the_curves_are_drawn(work):
+    # catches: a half-written last line read as a number, a picture that ends a training, one line at each evaluation
+    from matplotlib.image import imread
+    one, two = (os.path.join(work, name) for name in ("whole", "growing"))
+    assert np.ptp(imread(f"{one}/curve.png")[..., :3]) == 1
+    os.mkdir(two)
+    said = open(f"{one}/log.csv", newline="").read()
+    for name, text in (("whole", said[:said.rindex("\n", 0, -1) + 1]), ("half", said[:-3])):
+        with open(f"{two}/log.csv", "w", newline="") as f:
+            f.write(text)
+        prepare_data.draw_curves([one, two], f"{two}/{name}.png")
+    assert np.array_equal(imread(f"{two}/whole.png"), imread(f"{two}/half.png"))
+    assert not np.array_equal(imread(f"{two}/whole.png"), imread(f"{one}/curve.png"))
+    none = "import sys; sys.modules['matplotlib.figure'] = None; " + LIMITED
+    flags = [*TINY, "--mixer=haar", "--max_iters=5", "--out_dir=undrawn"]
+    said = run("train.py", *flags, cwd=work, launcher=["-c", none, str(10**9)])
+    assert said.count("curve.png is not drawn") == 1
+    assert not os.path.exists(f"{work}/undrawn/curve.png")
 
 
 # -----------------------------------------------------------------------------

@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import PAD, Parser, Tokenizer, comma_separated, load_meta, lock, need, open_split, prepare
-from prepare_data import macro_f1, replacing, roc_auc, stopped
+from prepare_data import PAD, Parser, Tokenizer, comma_separated, draw_curves, load_meta, lock, macro_f1, need
+from prepare_data import open_split, prepare, replacing, roc_auc, stopped
 from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, one_line, register, there, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
@@ -565,7 +565,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
     signal.signal(signal.SIGHUP, on_signal)
 model.train()
 t_start = t_log = time.time()
-first, val_loss = iter_num, math.inf
+first, val_loss, drawing = iter_num, math.inf, master
 batches, size = micro_batches(iter_num)
 while True:
     at = f"step {iter_num:05d}/{cfg.max_iters:05d}"
@@ -578,6 +578,12 @@ while True:
         say(f"{at} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}{best}")
         log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
         save(evaluated=True)
+        if drawing:
+            try:
+                draw_curves([out], os.path.join(out, "curve.png"))
+            except (Exception, SystemExit) as e:  # a picture ends no training
+                drawing = False
+                say(f"curve.png is not drawn ({one_line(e)})")
         t_log, first = time.time(), iter_num
     evaluated = False
     if iter_num >= cfg.max_iters:
