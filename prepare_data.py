@@ -1008,8 +1008,9 @@ class Stream:
         self.T = self.per_row = T
         self.tokens, _ = read_ragged(folder, split, meta["dtype"], meta["vocab_size"])
         self.lengths = [np.full(len(self), T)]
-        check(len(self.tokens) > T, f"{folder}/{split}.bin has {len(self.tokens)} tokens, too few for windows "
-              f"of {T}: lower --block_size or --eval_block_size")
+        n = len(self.tokens)
+        check(n > T, f"{folder}/{split}.bin has {n} tokens, too few for windows of {T}: lower --block_size, or "
+              "--eval_block_size")
 
     def __len__(self):
         return -(-(len(self.tokens) - 1) // self.T)

@@ -1480,6 +1480,27 @@ def test_the_curves_are_drawn(work):
     assert not os.path.exists(f"{work}/undrawn/curve.png")
 
 
+def test_fine_tuning(work):
+    # catches: fresh weights without a word, flags to repeat, an embedding of other words, a restarted job at step 0
+    few = "--device=cpu --eval_rows=16 --metric_rows=2 --eval_block_size=0 --batch_size=8 --warmup_iters=2".split()
+    flags = [*few, "--max_iters=2", "--init_from=whole/best.pt", "--out_dir=tuned"]
+    said = run("train.py", *flags, cwd=work)
+    best = load_checkpoint(os.path.join(work, "whole", "best.pt"))["best_loss"]
+    assert f"step 00000/00002 | val loss {best:.4f}" in said
+    assert "those of step 12 of whole/best.pt; fresh: none" in said and "other words" not in said
+    config = [json.load(open(os.path.join(work, name, "config.json"))) for name in ("whole", "tuned")]
+    assert all(config[0][k] == config[1][k] for k in ("mixer", "n_layer", "n_embd", "block_size", "dropout"))
+    said = run("train.py", *flags, "--max_iters=3", "--resume", cwd=work)
+    assert "--init_from is left out" in said and "step 00003/00003" in said and "step 00000" not in said
+    prepare_data.prepare("recall", os.path.join(work, "tune"), rows=100, n_pairs=2, n_keys=4)
+    said = run("train.py", *flags, "--dataset=recall", "--data_dir=tune", cwd=work)
+    assert "fresh: wte.weight, lm_head.weight\n" in said and "--tokenizer_from=tune/numbers" in said
+    for wrong, words in (("--n_embd=32", "nothing in whole/best.pt fits"), ("--init_from=none.pt", "none.pt does not exist"),
+                         ("--init_from=whole/log.csv", "damaged or not a checkpoint")):
+        said = run("train.py", *flags, wrong, "--out_dir=untuned", cwd=work, code=1)
+        assert words in said and said.count("\n") == 1
+
+
 # -----------------------------------------------------------------------------
 # faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each once;
 # python test_model.py 20 tries each 20 times and prints the README's table

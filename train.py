@@ -62,6 +62,7 @@ p.add("--dataset", help="a folder of --data_dir, made at first if it needs no --
 p.add("--data_dir", default="data", help="where prepare_data.py puts data sets")
 p.add("--out_dir", default="out", help="checkpoints, log.csv, config.json; moves an earlier run aside")
 p.add("--resume", bool, "go on from out_dir/ckpt.pt with its settings, or start anew", default=False)
+p.add("--init_from", help="best.pt or ckpt.pt of another run: its weights, its model's settings, new data")
 p.add("--mixers_from", help="a Python file that registers more mixers in model.MIXERS first")
 p.add("--leak", bool, "let haar with --undecimated=no read its own labels in a decoder", default=False)
 p.section("model (a data set sets arch, vocab_size, block_size, n_classes, pool)")
@@ -166,21 +167,32 @@ ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
 best_path = os.path.join(out, "best.pt")  # the lowest validation loss
 log_path = os.path.join(out, "log.csv")
 COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
-ckpt, kept, begun = None, {}, "auto"
+ckpt, source, kept, inherited, begun = None, None, {}, {}, "auto"
+
+def as_if_typed(config):
+    """Settings of a file, so that a stranger's can bring nothing that no flag takes."""
+    p.parse_args([f"--{k}={v}" for k, v in config.items()])
+    return p.given
+
 if args.resume and not os.path.exists(ckpt_path):
     say(f"{ckpt_path} does not exist: starting anew")
 elif args.resume:
+    if given.pop("init_from", None):  # the same command starts a job and starts it again
+        args.init_from = None
+        say(f"--init_from is left out, as this run goes on from {ckpt_path}")
     kinds = KINDS | dict(optimizer=dict, scaler=dict, config=dict, log_bytes=int)
     ckpt = load_checkpoint(ckpt_path, kinds=kinds | {name: type(value) for name, value in COUNTERS.items()})
-    # read as if typed, so that a stranger's file can bring nothing that no flag takes
     config = {k: v for k, v in ckpt["config"].items() if v is not None and k not in given}
     begun = str(config.pop("device", "auto"))
     with suppress(ArgumentTypeError):  # auto, or what this machine has not
         args.device = there(begun)
-    p.parse_args([f"--{k}={v}" for k, v in config.items()])
-    kept = p.given
+    kept = as_if_typed(config)
     if "mixers_from" in kept:  # and no file is run that was not asked for
         stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
+
+if args.init_from and not ckpt:
+    source = load_checkpoint(args.init_from)
+    inherited = as_if_typed({k: v for k, v in source["model_args"].items() if k not in given})
 
 # ---- device
 device = args.device
@@ -197,7 +209,7 @@ if device_type == "cuda":
 
 # ---- settings: what was typed, what the checkpoint, the preset and the data set say
 preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
-said = {**PRESETS[preset], **kept, **given, "preset": preset}
+said = {**PRESETS[preset], **inherited, **kept, **given, "preset": preset}
 settings = {**vars(args), **said}
 if world > 1:
     backend = "nccl" if device_type == "cuda" else "gloo"
@@ -223,6 +235,9 @@ fixed["pad_id"] = PAD
 for k, v in fixed.items():
     if given.get(k, v) != v:
         stop(f"--{k}={given[k]} is {v} in {settings['dataset']}: leave it out", 2)
+for k in ("arch", "pool", "cross_ratio"):
+    if k in inherited and k in advice:  # new data have their own
+        said[k] = advice[k]
 settings = {**settings, **advice, **said, **fixed}
 cfg = type(args)(**settings)
 try:
@@ -286,6 +301,22 @@ def micro_batches(step):
 # ---- model and optimiser
 torch.manual_seed(cfg.seed)
 model = build(ckpt_path, ckpt, model_cfg) if ckpt else WaveletTransformer(model_cfg)
+if source:
+    wanted = model.state_dict()
+    fits = {}
+    for k, v in source["model"].items():
+        if k in wanted and torch.is_tensor(v) and v.shape == wanted[k].shape:
+            fits[k] = v
+    if not fits.keys() & dict(model.named_parameters()).keys():
+        stop(f"nothing in {args.init_from} fits this model: leave out the flags that make it another one")
+    model.load_state_dict(fits, strict=False)
+    fresh = ", ".join(k for k in wanted if k not in fits) or "none"
+    at = f"step {source['iter_num']} of {args.init_from}"
+    say(f"weights      {len(fits)} tensors are those of {at}; fresh: {fresh}")
+    if source["meta"].get("tokenizer") != meta["tokenizer"]:
+        had = os.path.join(cfg.data_dir, str(source["meta"].get("name")))
+        say("             its embeddings mean other words, as its tokenizer is another: prepare the data with "
+            f"--tokenizer_from={had}")
 if ckpt and ckpt["best_loss"] < math.inf:  # the end takes it
     if not os.path.exists(best_path):
         stop(f"{best_path} does not exist, which this run is to test at its end: bring it back, or copy "
