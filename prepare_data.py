@@ -1009,8 +1009,8 @@ class Stream:
         self.tokens, _ = read_ragged(folder, split, meta["dtype"], meta["vocab_size"])
         self.lengths = [np.full(len(self), T)]
         n = len(self.tokens)
-        check(n > T, f"{folder}/{split}.bin has {n} tokens, too few for windows of {T}: lower --block_size, or "
-              "--eval_block_size")
+        check(n > T, f"{folder}/{split}.bin has {n} tokens, too few for windows of {T}: lower --block_size "
+              "or --eval_block_size")
 
     def __len__(self):
         return -(-(len(self.tokens) - 1) // self.T)

@@ -1501,6 +1501,44 @@ def test_fine_tuning(work):
         assert words in said and said.count("\n") == 1
 
 
+COUNTED = f"""import os, runpy, sys, time
+from functools import partial
+import torch
+sys.path.insert(0, {HERE!r})
+graphs = []
+def count(graph, inputs):
+    graphs.append(graph)
+    print("graphs", len(graphs), flush=True)
+    if len(graphs) == 2 and "--out_dir=slow" in sys.argv:  # the first one is the check for a compiler
+        os.mkdir("compiling")
+        time.sleep(100)
+    return graph.forward
+torch.compile = partial(torch.compile, backend=count)
+runpy.run_path({os.path.join(HERE, "train.py")!r}, run_name="__main__")
+"""
+
+
+def test_compiled_block_by_block(work):
+    # catches: a graph for each layer, for each decoded token or for evaluation, a stop that waits for the compiler
+    path = os.path.join(work, "counted.py")
+    with open(path, "w") as f:
+        f.write(COUNTED)
+    flags = [*TINY, "--mixer=haar", "--n_layer=3", "--max_iters=14", "--eval_block_size=0"]
+    said = run(path, *flags, "--compile=True", "--out_dir=quick", cwd=work)
+    assert re.findall(r"graphs (\d+)", said)[-1] == "3" and said.count("compiled in ") == 1
+    run("train.py", *flags, "--out_dir=plain", cwd=work)
+    quick, plain = (load_checkpoint(os.path.join(work, name, "best.pt")) for name in ("quick", "plain"))
+    assert quick["model"].keys() == plain["model"].keys()
+    for k, v in plain["model"].items():
+        close(quick["model"][k], v, 1e-4)
+    p = start(path, *flags, "--compile=True", "--out_dir=slow", cwd=work)
+    until(lambda: os.path.exists(os.path.join(work, "compiling")), p)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=30)[1]
+    assert p.returncode == 128 + signal.SIGTERM and "--resume goes on from step 0\n" in said
+    assert load_checkpoint(os.path.join(work, "slow", "ckpt.pt"))["iter_num"] == 0
+
+
 # -----------------------------------------------------------------------------
 # faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each once;
 # python test_model.py 20 tries each 20 times and prints the README's table

@@ -36,7 +36,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from model import CHOICES, ModelConfig, WaveletTransformer
 from prepare_data import PAD, Parser, Tokenizer, comma_separated, draw_curves, load_meta, lock, macro_f1, need
 from prepare_data import open_split, prepare, replacing, roc_auc, stopped
-from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, one_line, register, there, translate
+from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, one_line, register, there
+from sample import translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
@@ -315,8 +316,8 @@ if source:
     say(f"weights      {len(fits)} tensors are those of {at}; fresh: {fresh}")
     if source["meta"].get("tokenizer") != meta["tokenizer"]:
         had = os.path.join(cfg.data_dir, str(source["meta"].get("name")))
-        say("             its embeddings mean other words, as its tokenizer is another: prepare the data with "
-            f"--tokenizer_from={had}")
+        say("             its embeddings mean other words, as its tokenizer is another: prepare the data "
+            f"with --tokenizer_from={had}")
 if ckpt and ckpt["best_loss"] < math.inf:  # the end takes it
     if not os.path.exists(best_path):
         stop(f"{best_path} does not exist, which this run is to test at its end: bring it back, or copy "
@@ -354,7 +355,9 @@ if compiled:
     try:  # something small shows whether there is a compiler
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: x.sin().sum())(x).backward()
-        net = torch.compile(model, dynamic=True)  # one graph for all lengths
+        for block in [*getattr(model, "encoder", ()), *getattr(model, "decoder", ())]:
+            block.compile(dynamic=True)  # one graph for all lengths, and for all blocks that are alike
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks, which a hybrid has many of
     except Exception as e:
         compiled, why = False, "no compiler"
         say(f"no compiler works here ({one_line(e)}): going on without, as --compile=False does at once")
@@ -403,8 +406,13 @@ say(f"step         {cfg.batch_size} rows * {cfg.gradient_accumulation_steps} = {
 
 # ---- evaluation
 caught = []  # signals
+compiling, launched = False, iter_num
 
-def on_signal(number, frame):
+def on_signal(number, frame=None):
+    if compiling:  # for minutes perhaps, of which a scheduler grants seconds
+        at = max(launched, iter_num - iter_num % cfg.eval_interval)
+        say(f"stopped while compiling: --resume goes on from step {at}", to="stderr")
+        os._exit(128 + number)
     if caught and world == 1:  # the second Ctrl-C means now; torchrun sends several
         sys.exit(128 + number)
     caught.append(number)
@@ -434,6 +442,7 @@ def from_all_ranks(mine):
         out[r::world] = part
     return out
 
+@torch.compiler.set_stance("force_eager")  # what runs seldom, or at a length that grows, is not compiled
 @torch.no_grad()
 def evaluate(data, limit):
     """The first rows of a split, the same each time, shared by all processes -> loss (mean per target),
@@ -479,6 +488,7 @@ def evaluate(data, limit):
             "its own label, test rows in training), unless the rows are very regular")
     return found
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def score(split, found, limit, beam=1, T=T_max):
     """The task's own metric: bits per byte or accuracy, which evaluate found, or exact match or BLEU of text
@@ -590,6 +600,31 @@ def without_smoothing(loss, logits, targets, share):
     flat = logits.detach().flatten(0, -2).float()
     return share * F.cross_entropy(flat, targets.flatten(), ignore_index=-1)  # no copy by a mask: it waits
 
+def passes(batches, size):
+    """Forward and backward of this process's part of a step -> its loss, and the same without smoothing."""
+    loss_sum = nll = 0.0
+    for i, (tensors, share) in enumerate(batches):
+        if world > 1:
+            net.require_backward_grad_sync = i == len(batches) - 1
+        with autocast:
+            logits, loss = net(*tensors)
+            loss = loss * share  # shares add up to 1 over all passes of all processes
+        scaler.scale(loss * size * world).backward()  # DDP averages, the step sums
+        loss_sum = loss_sum + loss.detach()
+        nll = nll + without_smoothing(loss, logits, tensors[1], share)
+    return loss_sum, nll
+
+def timed(stance):
+    """Seconds of forward and backward of this step, compiled or not, when warm."""
+    least = math.inf
+    for _ in range(4):
+        began = time.time()
+        with torch.compiler.set_stance(stance):
+            passes(batches, size)[0].item()
+        least = min(least, time.time() - began)
+    optimizer.zero_grad(set_to_none=True)
+    return least
+
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
@@ -597,6 +632,8 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 model.train()
 t_start = t_log = time.time()
 first, val_loss, drawing = iter_num, math.inf, master
+WARM = 10  # steps in which everything is compiled
+times = []  # of these
 batches, size = micro_batches(iter_num)
 while True:
     at = f"step {iter_num:05d}/{cfg.max_iters:05d}"
@@ -620,25 +657,33 @@ while True:
     if iter_num >= cfg.max_iters:
         break
 
+    if compiled and iter_num == launched + WARM:
+        began = time.time()
+        cost = sum(times) - WARM * float(np.median(times))
+        slow, fast = timed("force_eager"), timed("default")
+        pays = "--compile=False is faster here"
+        if fast < slow:
+            pays = f"it pays from step {launched + cost / (slow - fast):.0f} on"
+        say(f"compiled in {cost:.1f} s; forward and backward take {fast * 1e3:.1f} ms, uncompiled "
+            f"{slow * 1e3:.1f} ms: {pays}")
+        t_log += time.time() - began
+    compiling = compiled and iter_num < launched + WARM
+    if compiling and caught:
+        on_signal(caught[0])
+    began = time.time()
     torch.manual_seed(hash((cfg.seed, iter_num, rank)) % 2**31)  # dropout, too, can be repeated
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss_sum = nll = 0.0
-    for i, (tensors, share) in enumerate(batches):
-        if world > 1:
-            net.require_backward_grad_sync = i == len(batches) - 1
-        with autocast:
-            logits, loss = net(*tensors)
-            loss = loss * share  # shares add up to 1 over all passes of all processes
-        scaler.scale(loss * size * world).backward()  # DDP averages, the step sums
-        loss_sum = loss_sum + loss.detach()
-        nll = nll + without_smoothing(loss, logits, tensors[1], share)
+    loss_sum, nll = passes(batches, size)
+    compiling = False
     batches, size = micro_batches(iter_num + 1)  # while the GPU is still busy
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     totals = total_over_ranks(loss_sum.item(), nll.item(), norm.item() / world, len(caught))
     loss_sum, nll, norm, stopping = totals
+    if iter_num < launched + WARM:
+        times.append(time.time() - began)
     if math.isfinite(loss_sum + norm):
         scaler.step(optimizer)
         in_a_row = 0
