@@ -1151,12 +1151,23 @@ def make(folder, options, settings):
     return str(folder)
 
 # ---- command line ----
-HABITS = {"--lr": "learning_rate", "--epochs": "max_iters", "--steps": "max_iters", "--batch": "batch_size",
-          "--heads": "n_head", "--layers": "n_layer", "--d_model": "n_embd", "--hidden": "n_embd"}
+HABITS = {  # what other programs call a flag, and ours; of several the first that the script has
+    "learning_rate": "lr", "weight_decay": "wd", "min_lr": "lr_min end_lr", "grad_clip": "clip max_grad_norm",
+    "max_iters": "epochs num_epochs steps max_steps num_steps iters", "warmup_iters": "warmup_steps",
+    "batch_size": "batch bs", "gradient_accumulation_steps": "accum grad_accum accumulate_grad_batches",
+    "n_head": "heads num_heads nhead", "n_layer": "layers num_layers depth",
+    "n_embd": "d_model dim hidden hidden_size hidden_dim", "block_size": "seq_len max_length context_length",
+    "mixer": "model attention", "dtype=float16": "fp16 half amp precision", "dtype=bfloat16": "bf16",
+    "init_from": "checkpoint ckpt load load_from pretrained", "ckpt": "checkpoint load", "resume": "continue",
+    "out_dir": "out output_dir save_dir", "source": "file path input", "device": "cuda gpu", "start": "prompt",
+    "max_new_tokens": "max_tokens", "beam": "num_beams beam_size"}
+ELSEWHERE = {"wandb": "what a run logs is in out_dir/log.csv, drawn in curve.png",
+             "gpus": "torchrun starts a process on each GPU, as python train.py --help shows"}
 
 def unknown(kind, word, known):
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-    return f"unknown {kind} {word}: did you mean {near}?"
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"unknown {kind} {word}: {hint}"
 
 def stopped(kind, e, trace):  # Ctrl-C ends in one word and the exit code of a signal
     if kind is not KeyboardInterrupt:
@@ -1210,15 +1221,21 @@ class Parser(argparse.ArgumentParser):
             sys.stdout.reconfigure(errors="backslashreplace")
         args, extra = self.parse_known_args(argv)
         if extra:
-            flag = extra[0].split("=")[0]
-            if flag.startswith("--wandb"):
-                self.error(f"unknown argument {flag}: what a run logs is in out_dir/log.csv")
-            known = [option for action in self._actions for option in action.option_strings]
-            if f"--{HABITS.get(flag)}" in known:
-                known = [f"--{HABITS[flag]}"]
-            self.error(unknown("argument", flag, known) + " (--help lists all)")
+            self.error(f"unknown argument {extra[0].split('=')[0]}: {self.hint(extra[0])}")
         self.given = vars(args)
         return argparse.Namespace(**{**self.defaults, **self.given})
+
+    def hint(self, typed):
+        """What whoever typed an unknown flag may have meant."""
+        word = typed.split("=")[0].strip("-").replace("-", "_").lower()
+        for name, sentence in ELSEWHERE.items():
+            if name in word:
+                return sentence
+        for ours, habits in HABITS.items():
+            if word in habits.split() and ours.split("=")[0] in self.defaults:
+                return f"did you mean --{ours}?"
+        near = difflib.get_close_matches(word, self.defaults, n=1)
+        return f"did you mean --{near[0]}?" if near else "--help lists all that are known"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: " + " ".join(message.split()) + "\n")

@@ -1501,6 +1501,27 @@ def test_fine_tuning(work):
         assert words in said and said.count("\n") == 1
 
 
+MEANT = lines("""--lr=1 learning_rate | --epochs max_iters | --steps max_iters | --max-steps=9 max_iters | --heads n_head
+    --layers n_layer | --hidden_size n_embd | --batch batch_size | --fp16 dtype=float16 | --bf16 dtype=bfloat16
+    --checkpoint init_from | --load init_from | --n-head n_head | --batchsize batch_size | --lerning_rate learning_rate""")
+
+
+def test_did_you_mean(capsys):
+    # catches: a guess that is none, a flag of another program that gets the nearest spelling
+    p = prepare_data.Parser("")
+    for name in "learning_rate max_iters n_head n_layer n_embd batch_size dtype init_from seed".split():
+        p.add(f"--{name}")
+    said = {}
+    for flag in [pair.split()[0] for pair in MEANT] + ["--wandb_log", "--gpus=4", "--verbose"]:
+        with pytest.raises(SystemExit):
+            p.parse_args([flag])
+        said[flag] = capsys.readouterr().err
+    for flag, ours in map(str.split, MEANT):
+        assert f"unknown argument {flag.split('=')[0]}: did you mean --{ours}?" in said[flag]
+    assert "log.csv" in said["--wandb_log"] and "torchrun" in said["--gpus=4"]
+    assert "did you mean" not in said["--verbose"]
+
+
 COUNTED = f"""import os, runpy, sys, time
 from functools import partial
 import torch
