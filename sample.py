@@ -24,8 +24,7 @@ import torch
 from tqdm import tqdm
 
 from model import MIXERS, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
-from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, collate, plain, read_text, replacing
-from prepare_data import writable
+from prepare_data import BOS, EOS, N_SPECIAL, Parser, Tokenizer, collate, plain, read_text, replacing, writable
 
 FORMAT = 2  # of ckpt.pt and best.pt
 KINDS = dict(model=dict, model_args=dict, meta=dict, iter_num=int, best_loss=float)

@@ -100,12 +100,13 @@ given = p.given  # the flags that were really typed
 if args.mixers_from:
     register(args.mixers_from)
 
-def refuse_idle(cfg, layers, typed):
-    """A typed flag that changes nothing in this model ends in one sentence."""
+def refuse_idle(layers, typed):
+    """A typed flag that changes nothing in a model of these layers ends in one sentence."""
+    arch = layers[0].arch
     mixers = {layer.mixer for layer in layers}
     own = not mixers <= {"attention", "haar", "wavspa", "wersa", "fourier"}  # and may look at anything
-    used = mixers | {cfg.inner} if "wavspa" in mixers else mixers
-    crosses = {layer.cross_kind for layer in layers} if cfg.arch == "encdec" else set()
+    used = mixers | {layer.inner for layer in layers if layer.mixer == "wavspa"}
+    crosses = {layer.cross_kind for layer in layers if arch == "encdec"}
     wavelets = [layer for layer in layers if layer.mixer in ("haar", "wavspa", "wersa")]
     bands = any(layer.n_levels > 0 for layer in wavelets)
     for names, works, needs in (
@@ -116,8 +117,8 @@ def refuse_idle(cfg, layers, typed):
             ("inner wavspa_shared", own or "wavspa" in mixers, "--mixer=wavspa"),
             ("n_features feature_map", own or "wersa" in used | crosses,
              "wersa, as a mixer, in wavspa or as cross"),
-            ("cross cross_ratio", cfg.arch == "encdec", "--arch=encdec"),
-            ("pool n_classes", cfg.arch == "encoder", "--arch=encoder")):
+            ("cross cross_ratio", arch == "encdec", "--arch=encdec"),
+            ("pool n_classes", arch == "encoder", "--arch=encoder")):
         for name in names.split():
             if name in typed and not works:
                 stop(f"--{name} changes nothing in this model, it needs {needs}: leave it out", 2)
@@ -168,7 +169,9 @@ ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
 best_path = os.path.join(out, "best.pt")  # the lowest validation loss
 log_path = os.path.join(out, "log.csv")
 COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
-ckpt, source, kept, inherited, begun = None, None, {}, {}, "auto"
+ckpt, kept, begun = None, {}, "auto"  # this run's, to go on with
+source, inherited = None, {}  # another run's, to start from
+FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
 
 def as_if_typed(config):
     """Settings of a file, so that a stranger's can bring nothing that no flag takes."""
@@ -193,7 +196,8 @@ elif args.resume:
 
 if args.init_from and not ckpt:
     source = load_checkpoint(args.init_from)
-    inherited = as_if_typed({k: v for k, v in source["model_args"].items() if k not in given})
+    had = source["model_args"]
+    inherited = as_if_typed({k: had[k] for k in FIELDS if k in had and k not in given})
 
 # ---- device
 device = args.device
@@ -242,7 +246,7 @@ for k in ("arch", "pool", "cross_ratio"):
 settings = {**settings, **advice, **said, **fixed}
 cfg = type(args)(**settings)
 try:
-    model_cfg = ModelConfig(**{f.name: settings[f.name] for f in dataclasses.fields(ModelConfig)})
+    model_cfg = ModelConfig(**{k: settings[k] for k in FIELDS})
 except ValueError as e:
     stop(e, 2)
 if ckpt:
@@ -258,7 +262,7 @@ if ckpt:
 if cfg.arch != meta["arch"]:
     stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is for {meta['arch']}: leave it out")
 layers = [model_cfg.of_layer(i) for i in range(cfg.n_layer)]
-refuse_idle(model_cfg, layers, given)
+refuse_idle(layers, given)
 literal = any(c.mixer == "haar" and c.n_levels > 0 and not c.is_undecimated(causal=True) for c in layers)
 if literal and cfg.arch != "encoder" and not cfg.leak:
     stop("--undecimated=no leaks in a decoder: each position sees the rest of its block, its own label too; "
@@ -273,7 +277,6 @@ owner = own() if master else None
 tokenizer = Tokenizer(meta["tokenizer"])
 labels = meta.get("labels")  # row, token, or None
 T_max = cfg.block_size
-
 splits = {split: open_split(folder, meta, split, T_max) for split in ("train", "val", "test")}
 train = splits["train"]
 far = "long" if "long" in meta["splits"] else "test"  # what is measured at --eval_block_size
@@ -298,6 +301,24 @@ def micro_batches(step):
         tensors, n = train.batch(part)
         batches.append((to_device(tensors), n / total))
     return batches, total / (step_rows * train.per_row)
+
+def total_over_ranks(*values):
+    """Sum floats over all processes."""
+    t = torch.tensor(values, dtype=torch.float64, device=device if device_type == "cuda" else "cpu")
+    if world > 1:
+        dist.all_reduce(t)
+    return t.tolist()
+
+def from_all_ranks(mine):
+    """The values of rows that were dealt out by [rank::world], in their order."""
+    parts = [mine]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    out = [None] * sum(map(len, parts))
+    for r, part in enumerate(parts):
+        out[r::world] = part
+    return out
 
 # ---- model and optimiser
 torch.manual_seed(cfg.seed)
@@ -363,11 +384,10 @@ if compiled:
         say(f"no compiler works here ({one_line(e)}): going on without, as --compile=False does at once")
 if world > 1:
     net = DDP(net, device_ids=[device] if device_type == "cuda" else None)
-    steps = [None] * world
-    dist.all_gather_object(steps, iter_num)
-    if len(set(steps)) > 1:
-        steps = ", ".join(map(str, sorted(set(steps))))
-        stop(f"the processes are at different steps ({steps}): --out_dir={out} must be one folder for all")
+    steps = sorted(set(from_all_ranks([iter_num])))
+    if len(steps) > 1:
+        stop(f"the processes are at different steps ({', '.join(map(str, steps))}): --out_dir={out} must be "
+             "one folder for all")
 
 machine = torch.cuda.get_device_name() if device_type == "cuda" else f"{torch.get_num_threads()} threads"
 peak = None  # an unknown GPU shows no MFU
@@ -423,24 +443,6 @@ def heed(stopping=False):
     if caught or stopping:
         number = caught[0] if caught else signal.SIGTERM
         stop(f"stopped after step {iter_num}, saved: go on with --resume", 128 + number)
-
-def total_over_ranks(*values):
-    """Sum floats over all processes."""
-    t = torch.tensor(values, dtype=torch.float64, device=device if device_type == "cuda" else "cpu")
-    if world > 1:
-        dist.all_reduce(t)
-    return t.tolist()
-
-def from_all_ranks(mine):
-    """The values of rows that were dealt out by [rank::world], in their order."""
-    parts = [mine]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, mine)
-    out = [None] * sum(map(len, parts))
-    for r, part in enumerate(parts):
-        out[r::world] = part
-    return out
 
 @torch.compiler.set_stance("force_eager")  # what runs seldom, or at a length that grows, is not compiled
 @torch.no_grad()
