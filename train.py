@@ -4,6 +4,7 @@ Train a wavelet encoder-decoder (or encoder, or decoder): one GPU, one CPU, or m
     python train.py --mixer=wersa            # the default data set, minutes on a laptop
     python train.py --dataset=multi30k --mixer=haar,attention --out_dir=out-m30k
     python train.py --resume                 # go on where out/ckpt.pt stopped
+    python train.py --init_from=out/best.pt --dataset=parallel --out_dir=tuned    # its weights and settings
     torchrun --standalone --nproc_per_node=4 train.py    # 4 GPUs, or 4 CPU processes
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST ...   # 1 on the other node
 
@@ -378,7 +379,7 @@ if compiled:
         torch.compile(lambda x: x.sin().sum())(x).backward()
         for block in [*getattr(model, "encoder", ()), *getattr(model, "decoder", ())]:
             block.compile(dynamic=True)  # one graph for all lengths, and for all blocks that are alike
-        torch._dynamo.config.recompile_limit = 64  # kinds of blocks, which a hybrid has many of
+        torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, which a hybrid has many of
     except Exception as e:
         compiled, why = False, "no compiler"
         say(f"no compiler works here ({one_line(e)}): going on without, as --compile=False does at once")
@@ -663,11 +664,12 @@ while True:
         began = time.time()
         cost = sum(times) - WARM * float(np.median(times))
         slow, fast = timed("force_eager"), timed("default")
-        pays = "--compile=False is faster here"
-        if fast < slow:
-            pays = f"it pays from step {launched + cost / (slow - fast):.0f} on"
+        pays = launched + cost / (slow - fast) if fast < slow else math.inf
+        advice = "--compile=False is faster here"
+        if pays < cfg.max_iters:
+            advice = f"it pays from step {pays:.0f} on"
         say(f"compiled in {cost:.1f} s; forward and backward take {fast * 1e3:.1f} ms, uncompiled "
-            f"{slow * 1e3:.1f} ms: {pays}")
+            f"{slow * 1e3:.1f} ms: {advice}")
         t_log += time.time() - began
     compiling = compiled and iter_num < launched + WARM
     if compiling and caught:
