@@ -905,6 +905,178 @@ def read_ragged(folder, stem, dtype, vocab_size=2**32):
           "the data set again")
     return tokens, idx
 
+def collate(rows, head=(), tail=(), fill=PAD, most=2**31):
+    """Lists of ids -> (B, T) int64, each between head and tail, filled up to a multiple of 8, or most."""
+    import torch  # here, as preparing needs none
+    n = max(len(row) for row in rows) + len(head) + len(tail)
+    out = np.full((len(rows), max(n, min(n + -n % 8, most))), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, :len(head) + len(row) + len(tail)] = [*head, *row, *tail]
+    return torch.from_numpy(out)
+
+def open_split(folder, meta, split, T):
+    """A split of a data set, its rows or windows cut to T tokens."""
+    kind = Rows if meta["arch"] == "encdec" or "labels" in meta else Stream
+    return kind(folder, meta, split, T)
+
+class Rows:
+    """Sentence pairs, or rows with labels, of one split, each cut to T tokens."""
+
+    def __init__(self, folder, meta, split, T):
+        self.T = T
+        self.arch = meta["arch"]
+        self.kind = meta.get("labels")  # of labels: row, token, or None
+        self.sides = []
+        for side in ("src", "tgt") if self.arch == "encdec" else ("src",):
+            self.sides.append(read_ragged(folder, f"{split}.{side}", meta["dtype"], meta["vocab_size"]))
+        whole = [np.diff(begin) for _, begin in self.sides]
+        room = T - (self.arch != "encoder")  # for bos or eos
+        self.lengths = [np.minimum(n, room) for n in whole]
+        self.cut = int((np.maximum(whole[0], whole[-1]) > room).sum())
+        self.labels = self.groups = None
+        if self.kind:
+            self.labels = np.memmap(Path(folder) / f"{split}.label.bin", np.int32, "r")
+            most = meta["n_classes"] if self.arch == "encoder" else meta["vocab_size"]
+            check(-1 <= self.labels.min() <= self.labels.max() < most, f"{folder}/{split}.label.bin has "
+                  f"labels beyond the {most} known: prepare the data set again")
+        if "groups" in meta:
+            self.groups = np.memmap(Path(folder) / f"{split}.group.bin", np.int32, "r")
+        if self.kind is None:  # targets of each row
+            self.asked = self.lengths[-1] + 1
+        elif self.kind == "row":
+            self.asked = np.ones(len(self), dtype=int)
+        else:
+            before = np.r_[0, np.cumsum(self.labels >= 0)]
+            begin = self.sides[0][1][:-1]
+            self.asked = before[begin + self.lengths[0]] - before[begin]
+        check(self.asked.all(), f"--block_size={T} cuts {(self.asked == 0).sum()} {split} rows before "
+              "anything is asked in them: raise it")
+        self.per_row = self.asked.mean()
+        self.epoch = None
+
+    def __len__(self):
+        return len(self.lengths[0])
+
+    def first(self, limit):
+        return np.arange(min(limit, len(self)))
+
+    def at(self, step, size, seed):
+        """The rows of a step: a shuffled epoch, in pools sorted by length, cut in batches, shuffled."""
+        per_epoch, pool = len(self) // size, 50 * size
+        check(per_epoch, f"a step takes {size} rows, train has {len(self)}: lower --batch_size")
+        epoch, i = divmod(step, per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([seed, epoch])
+            order = rng.permutation(len(self))[:per_epoch * size]
+            for start in range(0, len(order), pool):
+                rows = order[start:start + pool]
+                order[start:start + pool] = rows[np.lexsort([n[rows] for n in self.lengths])]
+            self.epoch, self.plan = epoch, rng.permutation(order.reshape(-1, size))
+        return self.plan[i]
+
+    def cut_out(self, rows, values, side=0):
+        begin, n = self.sides[side][1], self.lengths[side]
+        return [values[begin[r]:begin[r] + n[r]] for r in rows]
+
+    def batch(self, rows):
+        """-> (idx, targets, src) or (idx, targets), padded at their ends, and how many targets count."""
+        src = self.cut_out(rows, self.sides[0][0])
+        if self.kind:
+            head = [BOS] if self.arch == "decoder" else []
+            return (collate(src, head, most=self.T), self.beside(rows, self.labels)), self.weight(rows)
+        tgt = self.cut_out(rows, self.sides[1][0], side=1)
+        idx = collate(tgt, head=[BOS], most=self.T)
+        targets = collate(tgt, tail=[EOS], most=self.T)
+        return (idx, targets, collate(src, tail=[EOS], most=self.T)), self.weight(rows)
+
+    def beside(self, rows, values):
+        """Labels or groups of rows: (B,), or (B, T) beside the tokens, -1 where there is none."""
+        if self.kind == "row":
+            import torch
+            return torch.from_numpy(values[rows].astype(np.int64))
+        head = [-1] if self.arch == "decoder" else []
+        return collate(self.cut_out(rows, values), head, fill=-1, most=self.T)
+
+    def weight(self, rows):
+        return int(self.asked[rows].sum())
+
+class Stream:
+    """One long text: training windows of T tokens anywhere, evaluation windows side by side."""
+    cut, groups, kind = 0, None, None
+
+    def __init__(self, folder, meta, split, T):
+        self.T = self.per_row = T
+        self.tokens, _ = read_ragged(folder, split, meta["dtype"], meta["vocab_size"])
+        self.lengths = [np.full(len(self), T)]
+        n = len(self.tokens)
+        check(n > T, f"{folder}/{split}.bin has {n} tokens, too few for windows of {T}: lower --block_size "
+              "or --eval_block_size")
+
+    def __len__(self):
+        return -(-(len(self.tokens) - 1) // self.T)
+
+    def first(self, limit):
+        return self.T * np.arange(min(limit, len(self)))
+
+    def at(self, step, size, seed):
+        return np.random.default_rng([seed, step]).integers(0, len(self.tokens) - self.T, size)
+
+    def batch(self, starts):
+        rows = [self.tokens[s:s + self.T + 1] for s in starts]
+        idx = collate([row[:-1] for row in rows], most=self.T)
+        return (idx, collate([row[1:] for row in rows], most=self.T)), self.weight(starts)
+
+    def weight(self, starts):
+        return int(np.minimum(self.T, len(self.tokens) - 1 - starts).sum())
+
+def roc_auc(score, positive):
+    """Area under the ROC curve: the chance that a positive row scores above a negative one, a tie is half."""
+    _, at, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[at]
+    n = positive.sum()
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+def macro_f1(guess, answer):
+    """The mean over classes of 2 hits / (guesses + answers), which a majority class alone does not carry."""
+    each = []
+    for c in np.union1d(guess, answer):
+        hits = (guess == c) & (answer == c)
+        each.append(2 * hits.sum() / ((guess == c).sum() + (answer == c).sum()))
+    return float(np.mean(each))
+
+def draw_curves(folders, path):
+    """Runs laid over one another, one colour each, from the log.csv in their folders to a PNG."""
+    from matplotlib.figure import Figure  # here, as training goes without it; of pyplot no state stays
+    from matplotlib.ticker import LogLocator
+    figure = Figure(figsize=(14, 4))
+    figure.subplots_adjust(left=0.04, right=0.98, bottom=0.13)
+    losses, metric, rate = figure.subplots(1, 3)
+    losses.set(title="loss: thin in training, dots on val", yscale="log")
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter("")
+    metric.set_title("metric on val")
+    rate.set_title("learning rate")
+    rate.ticklabel_format(axis="y", scilimits=(0, 0))
+    for i, folder in enumerate(folders):
+        text = read_text(os.path.join(folder, "log.csv"))
+        text = text[:text.rfind("\n") + 1]  # the last line may be half written
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        name = Path(folder).resolve().name
+        for panel, column, style in ((losses, "nll", dict(linewidth=0.7, alpha=0.6)),
+                                     (losses, "val_loss", dict(marker="o", markersize=4, label=name)),
+                                     (metric, "val_metric", dict(marker="o", markersize=4)),
+                                     (rate, "lr", dict())):
+            there = [row for row in rows if row[column]]
+            steps = [int(row["step"]) for row in there]
+            panel.plot(steps, [float(row[column]) for row in there], color=f"C{i}", **style)
+    for panel in (losses, metric, rate):
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    losses.legend()
+    with replacing(path, "wb") as f:
+        figure.savefig(f, dpi=100, format="png")
+
 def fingerprint(source):  # sha256 over the source files, so that an edited file counts as another source
     digest = hashlib.sha256()
     for path in map(Path, source.split(",")):
@@ -979,12 +1151,23 @@ def make(folder, options, settings):
     return str(folder)
 
 # ---- command line ----
-HABITS = {"--lr": "learning_rate", "--epochs": "max_iters", "--steps": "max_iters", "--batch": "batch_size",
-          "--heads": "n_head", "--layers": "n_layer", "--d_model": "n_embd", "--hidden": "n_embd"}
+HABITS = {  # what other programs call a flag, and ours; of several the first that the script has
+    "learning_rate": "lr", "weight_decay": "wd", "min_lr": "lr_min end_lr", "grad_clip": "clip max_grad_norm",
+    "max_iters": "epochs num_epochs steps max_steps num_steps iters", "warmup_iters": "warmup_steps",
+    "batch_size": "batch bs", "gradient_accumulation_steps": "accum grad_accum accumulate_grad_batches",
+    "n_head": "heads num_heads nhead", "n_layer": "layers num_layers depth",
+    "n_embd": "d_model dim hidden hidden_size hidden_dim", "block_size": "seq_len max_length context_length",
+    "mixer": "model attention", "dtype=float16": "fp16 half amp precision", "dtype=bfloat16": "bf16",
+    "init_from": "checkpoint ckpt load load_from pretrained", "ckpt": "checkpoint load", "resume": "continue",
+    "out_dir": "out output_dir save_dir", "source": "file path input", "device": "cuda gpu", "start": "prompt",
+    "max_new_tokens": "max_tokens", "beam": "num_beams beam_size"}
+ELSEWHERE = {"wandb": "what a run logs is in out_dir/log.csv, drawn in curve.png",
+             "gpus": "torchrun starts a process on each GPU, as python train.py --help shows"}
 
 def unknown(kind, word, known):
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-    return f"unknown {kind} {word}: did you mean {near}?"
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"unknown {kind} {word}: {hint}"
 
 def stopped(kind, e, trace):  # Ctrl-C ends in one word and the exit code of a signal
     if kind is not KeyboardInterrupt:
@@ -1038,15 +1221,21 @@ class Parser(argparse.ArgumentParser):
             sys.stdout.reconfigure(errors="backslashreplace")
         args, extra = self.parse_known_args(argv)
         if extra:
-            flag = extra[0].split("=")[0]
-            if flag.startswith("--wandb"):
-                self.error(f"unknown argument {flag}: what a run logs is in out_dir/log.csv")
-            known = [option for action in self._actions for option in action.option_strings]
-            if f"--{HABITS.get(flag)}" in known:
-                known = [f"--{HABITS[flag]}"]
-            self.error(unknown("argument", flag, known) + " (--help lists all)")
+            self.error(f"unknown argument {extra[0].split('=')[0]}: {self.hint(extra[0])}")
         self.given = vars(args)
         return argparse.Namespace(**{**self.defaults, **self.given})
+
+    def hint(self, typed):
+        """What whoever typed an unknown flag may have meant."""
+        word = typed.split("=")[0].strip("-").replace("-", "_").lower()
+        for name, sentence in ELSEWHERE.items():
+            if name in word:
+                return sentence
+        for ours, habits in HABITS.items():
+            if word in habits.split() and ours.split("=")[0] in self.defaults:
+                return f"did you mean --{ours}?"
+        near = difflib.get_close_matches(word, self.defaults, n=1)
+        return f"did you mean --{near[0]}?" if near else "--help lists all that are known"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: " + " ".join(message.split()) + "\n")

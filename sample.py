@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from model import MIXERS, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
-from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, plain, read_text, replacing, writable
+from prepare_data import BOS, EOS, N_SPECIAL, Parser, Tokenizer, collate, plain, read_text, replacing, writable
 
 FORMAT = 2  # of ckpt.pt and best.pt
 KINDS = dict(model=dict, model_args=dict, meta=dict, iter_num=int, best_loss=float)
@@ -154,14 +154,6 @@ def beam_search(model, src, bos_id, eos_id, max_new_tokens, beam=4, length_penal
         model.train(was_training)
     normed = score / ((5 + length) / 6) ** length_penalty
     return ids[first + normed.view(B, beam).argmax(-1), 1:]
-
-def collate(rows, head=(), tail=(), fill=PAD, most=2**31):
-    """Lists of ids -> (B, T) int64, each between head and tail, filled up to a multiple of 8, or most."""
-    n = max(len(row) for row in rows) + len(head) + len(tail)
-    out = np.full((len(rows), max(n, min(n + -n % 8, most))), fill, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, :len(head) + len(row) + len(tail)] = [*head, *row, *tail]
-    return torch.from_numpy(out)
 
 def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0.0, top_k=None,
               batch_size=128, max_new_tokens=None, progress=False, block_size=None, heed=lambda: None):

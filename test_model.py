@@ -1163,7 +1163,7 @@ def script(path, argv, cwd, out):
 class Forked:
     """subprocess.Popen's face for a script, forked where torch is imported already: most of a short run is that import."""
     server = get_context("forkserver")
-    server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "test_model"])
+    server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "matplotlib.backends.backend_agg", "test_model"])
     turn = Lock()                                              # multiprocessing reaps all children in start and exitcode: two threads at once lose an exit code
 
     def __init__(self, name, flags, cwd):
@@ -1502,6 +1502,106 @@ def test_resume_says_what_changed(work):
     assert "changed from step 12 on: out_dir=changed was whole, max_iters=14 was 12\n" in said
     assert open(f"{out}/config.00012.json").read() == before and json.load(open(f"{out}/config.json"))["max_iters"] == 14
     assert "changed from" not in run("train.py", "--resume", "--out_dir=changed", cwd=work)
+
+
+def test_the_curves_are_drawn(work):
+    # catches: a half-written last line read as a number, a picture that ends a training, one line at each evaluation
+    from matplotlib.image import imread
+    one, two = (os.path.join(work, name) for name in ("whole", "growing"))
+    assert np.ptp(imread(f"{one}/curve.png")[..., :3]) == 1
+    os.mkdir(two)
+    said = open(f"{one}/log.csv", newline="").read()
+    for name, text in (("whole", said[:said.rindex("\n", 0, -1) + 1]), ("half", said[:-3])):
+        with open(f"{two}/log.csv", "w", newline="") as f:
+            f.write(text)
+        prepare_data.draw_curves([one, two], f"{two}/{name}.png")
+    assert np.array_equal(imread(f"{two}/whole.png"), imread(f"{two}/half.png"))
+    assert not np.array_equal(imread(f"{two}/whole.png"), imread(f"{one}/curve.png"))
+    none = "import sys; sys.modules['matplotlib.figure'] = None; " + LIMITED
+    flags = [*TINY, "--mixer=haar", "--max_iters=5", "--out_dir=undrawn"]
+    said = run("train.py", *flags, cwd=work, launcher=["-c", none, str(10**9)])
+    assert said.count("curve.png is not drawn") == 1
+    assert not os.path.exists(f"{work}/undrawn/curve.png")
+
+
+def test_fine_tuning(work):
+    # catches: fresh weights without a word, flags to repeat, an embedding of other words, a restarted job at step 0
+    few = "--device=cpu --eval_rows=16 --metric_rows=2 --eval_block_size=0 --batch_size=8 --warmup_iters=2".split()
+    flags = [*few, "--max_iters=2", "--init_from=whole/best.pt", "--out_dir=tuned"]
+    said = run("train.py", *flags, cwd=work)
+    best = load_checkpoint(os.path.join(work, "whole", "best.pt"))["best_loss"]
+    assert f"step 00000/00002 | val loss {best:.4f}" in said
+    assert "those of step 12 of whole/best.pt; fresh: none" in said and "other words" not in said
+    config = [json.load(open(os.path.join(work, name, "config.json"))) for name in ("whole", "tuned")]
+    assert all(config[0][k] == config[1][k] for k in ("mixer", "n_layer", "n_embd", "block_size", "dropout"))
+    said = run("train.py", *flags, "--max_iters=3", "--resume", cwd=work)
+    assert "--init_from is left out" in said and "step 00003/00003" in said and "step 00000" not in said
+    prepare_data.prepare("recall", os.path.join(work, "tune"), rows=100, n_pairs=2, n_keys=4)
+    said = run("train.py", *flags, "--dataset=recall", "--data_dir=tune", cwd=work)
+    assert "fresh: wte.weight, lm_head.weight\n" in said and "--tokenizer_from=tune/numbers" in said
+    for wrong, words in (("--n_embd=32", "nothing in whole/best.pt fits"), ("--init_from=none.pt", "none.pt does not exist"),
+                         ("--init_from=whole/log.csv", "damaged or not a checkpoint")):
+        said = run("train.py", *flags, wrong, "--out_dir=untuned", cwd=work, code=1)
+        assert words in said and said.count("\n") == 1
+
+
+MEANT = lines("""--lr=1 learning_rate | --epochs max_iters | --steps max_iters | --max-steps=9 max_iters | --heads n_head
+    --layers n_layer | --hidden_size n_embd | --batch batch_size | --fp16 dtype=float16 | --bf16 dtype=bfloat16
+    --checkpoint init_from | --load init_from | --n-head n_head | --batchsize batch_size | --lerning_rate learning_rate""")
+
+
+def test_did_you_mean(capsys):
+    # catches: a guess that is none, a flag of another program that gets the nearest spelling
+    p = prepare_data.Parser("")
+    for name in "learning_rate max_iters n_head n_layer n_embd batch_size dtype init_from seed".split():
+        p.add(f"--{name}")
+    said = {}
+    for flag in [pair.split()[0] for pair in MEANT] + ["--wandb_log", "--gpus=4", "--verbose"]:
+        with pytest.raises(SystemExit):
+            p.parse_args([flag])
+        said[flag] = capsys.readouterr().err
+    for flag, ours in map(str.split, MEANT):
+        assert f"unknown argument {flag.split('=')[0]}: did you mean --{ours}?" in said[flag]
+    assert "log.csv" in said["--wandb_log"] and "torchrun" in said["--gpus=4"]
+    assert "did you mean" not in said["--verbose"]
+
+
+COUNTED = f"""import os, runpy, sys, time
+from functools import partial
+import torch
+sys.path.insert(0, {HERE!r})
+graphs = []
+def count(graph, inputs):
+    graphs.append(graph)
+    print("graphs", len(graphs), flush=True)
+    if len(graphs) == 2 and "--out_dir=slow" in sys.argv:  # the first one is the check for a compiler
+        os.mkdir("compiling")
+        time.sleep(100)
+    return graph.forward
+torch.compile = partial(torch.compile, backend=count)
+runpy.run_path({os.path.join(HERE, "train.py")!r}, run_name="__main__")
+"""
+
+
+def test_compiled_block_by_block(work):
+    # catches: a graph for each layer, for each decoded token or for evaluation, a stop that waits for the compiler
+    path = os.path.join(work, "counted.py")
+    with open(path, "w") as f:
+        f.write(COUNTED)
+    flags = [*TINY, "--mixer=haar", "--n_layer=3", "--max_iters=14", "--eval_block_size=0"]
+    said = run(path, *flags, "--compile=True", "--out_dir=quick", cwd=work)
+    assert re.findall(r"graphs (\d+)", said)[-1] == "3" and said.count("compiled in ") == 1
+    run("train.py", *flags, "--out_dir=plain", cwd=work)
+    quick, plain = (load_checkpoint(os.path.join(work, name, "best.pt")) for name in ("quick", "plain"))
+    assert quick["model"].keys() == plain["model"].keys()
+    for k, v in plain["model"].items():
+        close(quick["model"][k], v, 1e-4)
+    p = start(path, *flags, "--compile=True", "--out_dir=slow", cwd=work)
+    until(lambda: os.path.exists(os.path.join(work, "compiling")), p)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=30)[1]
+    assert p.returncode == 128 + signal.SIGTERM and "--resume goes on from step 0\n" in said
+    assert load_checkpoint(os.path.join(work, "slow", "ckpt.pt"))["iter_num"] == 0
 
 
 # -----------------------------------------------------------------------------
@@ -2042,13 +2142,10 @@ def test_evaluation_is_the_loop_over_rows(work):
 
 def test_roc_auc_and_the_leak_alarm(work):
     # catches: ties counted whole, an alarm that never rings, one that rings on generated words
-    source = open(os.path.join(HERE, "train.py"), encoding="utf-8").read()
-    scope = dict(np=np)
-    exec(re.search(r"def roc_auc.*?(?=\n\n\S)", source, re.S)[0], scope)
     rng = np.random.default_rng(0)
     score, positive = rng.integers(0, 6, 200), rng.random(200) < 0.3
     pairs = [(a > b) + (a == b) / 2 for a in score[positive] for b in score[~positive]]
-    assert abs(scope["roc_auc"](score, positive) - np.mean(pairs)) < 1e-12
+    assert abs(prepare_data.roc_auc(score, positive) - np.mean(pairs)) < 1e-12
     with open(os.path.join(work, "en"), "w") as f, open(os.path.join(work, "de"), "w") as g:
         f.writelines(f"the same words again, {i}\n" for i in range(400)), g.write("immer die gleichen Worte\n" * 400)
     prepare_data.prepare("parallel", os.path.join(work, "data"), source=f"{work}/en,{work}/de", vocab_size=260)
@@ -2271,10 +2368,8 @@ def test_a_table_of_labelled_texts(tmp_path, kind, monkeypatch):
 
 def test_macro_f1_and_the_bag_of_words(tmp_path):
     # catches: a mean over rows, a class that is only guessed left out, a score without what a bag of words gets
-    scope = dict(np=np)
-    exec(re.search(r"def macro_f1.*?(?=\n\n\S)", open(os.path.join(HERE, "train.py"), encoding="utf-8").read(), re.S)[0], scope)
     guess, answer = np.array([0, 0, 0, 2, 1]), np.array([0, 0, 1, 1, 1])
-    assert abs(scope["macro_f1"](guess, answer) - (4 / 5 + 2 / 4 + 0) / 3) < 1e-12
+    assert abs(prepare_data.macro_f1(guess, answer) - (4 / 5 + 2 / 4 + 0) / 3) < 1e-12
     splits = {split: ([f"{('dull', 'grand')[i % 2]} {i}" for i in range(n)], np.arange(n) % 2) for split, n in (("train", 80), ("test", 20))}
     pytest.importorskip("sklearn")
     assert prepare_data.bag_of_words(splits)["test"] == 1

@@ -4,6 +4,7 @@ Train a wavelet encoder-decoder (or encoder, or decoder): one GPU, one CPU, or m
     python train.py --mixer=wersa            # the default data set, minutes on a laptop
     python train.py --dataset=multi30k --mixer=haar,attention --out_dir=out-m30k
     python train.py --resume                 # go on where out/ckpt.pt stopped
+    python train.py --init_from=out/best.pt --dataset=parallel --out_dir=tuned    # its weights and settings
     torchrun --standalone --nproc_per_node=4 train.py    # 4 GPUs, or 4 CPU processes
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST ...   # 1 on the other node
 
@@ -34,9 +35,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import CHOICES, ModelConfig, WaveletTransformer
-from prepare_data import BOS, EOS, PAD, Parser, Tokenizer, comma_separated, load_meta, lock, need, prepare
-from prepare_data import read_ragged, replacing, stopped
-from sample import FORMAT, KINDS, build, collate, keep_freed_pages, load_checkpoint, one_line, register, there
+from prepare_data import PAD, Parser, Tokenizer, comma_separated, draw_curves, load_meta, lock, macro_f1, need
+from prepare_data import open_split, prepare, replacing, roc_auc, stopped
+from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, one_line, register, there
 from sample import translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
@@ -63,6 +64,7 @@ p.add("--dataset", help="a folder of --data_dir, made at first if it needs no --
 p.add("--data_dir", default="data", help="where prepare_data.py puts data sets")
 p.add("--out_dir", default="out", help="checkpoints, log.csv, config.json; moves an earlier run aside")
 p.add("--resume", bool, "go on from out_dir/ckpt.pt with its settings, or start anew", default=False)
+p.add("--init_from", help="best.pt or ckpt.pt of another run: its weights, its model's settings, new data")
 p.add("--mixers_from", help="a Python file that registers more mixers in model.MIXERS first")
 p.add("--leak", bool, "let haar with --undecimated=no read its own labels in a decoder", default=False)
 p.section("model (a data set sets arch, vocab_size, block_size, n_classes, pool)")
@@ -99,27 +101,28 @@ given = p.given  # the flags that were really typed
 if args.mixers_from:
     register(args.mixers_from)
 
-def idle(cfg, names):
-    """A sentence about the first of names, typed flags, that changes nothing in a model of cfg, or None."""
-    layers = [cfg.of_layer(i) for i in range(cfg.n_layer)]
+def refuse_idle(layers, typed):
+    """A typed flag that changes nothing in a model of these layers ends in one sentence."""
+    arch = layers[0].arch
     mixers = {layer.mixer for layer in layers}
-    if not mixers <= {"attention", "haar", "wavspa", "wersa", "fourier"}:
-        mixers = set()  # a mixer of the user's own may look at anything
-    used = mixers | {cfg.inner} if "wavspa" in mixers else mixers
+    own = not mixers <= {"attention", "haar", "wavspa", "wersa", "fourier"}  # and may look at anything
+    used = mixers | {layer.inner for layer in layers if layer.mixer == "wavspa"}
+    crosses = {layer.cross_kind for layer in layers if arch == "encdec"}
     wavelets = [layer for layer in layers if layer.mixer in ("haar", "wavspa", "wersa")]
     bands = any(layer.n_levels > 0 for layer in wavelets)
-    crosses = {layer.cross_kind for layer in layers} if cfg.arch == "encdec" else set()
-    for flags, works, need in (
-            ("window", "attention" in used, "attention, as a mixer or in wavspa"),
-            ("levels", wavelets or crosses & {"aligned", "place"}, "haar, wavspa, wersa or an aligned cross"),
-            ("wavelet wavelet_params undecimated", bands, "haar, wavspa or wersa, with --levels"),
-            ("inner wavspa_shared", "wavspa" in mixers, "--mixer=wavspa"),
-            ("n_features feature_map", "wersa" in used | crosses, "wersa, as a mixer, in wavspa or as cross"),
-            ("cross cross_ratio", cfg.arch == "encdec", "--arch=encdec"),
-            ("pool n_classes", cfg.arch == "encoder", "--arch=encoder")):
-        for name in flags.split():
-            if name in names and not works and (mixers or "--arch" in need):
-                return f"--{name} changes nothing in this model, it needs {need}: leave it out"
+    for names, works, needs in (
+            ("window", own or "attention" in used, "attention, as a mixer or in wavspa"),
+            ("levels", own or wavelets or crosses & {"aligned", "place"},
+             "haar, wavspa, wersa or an aligned cross"),
+            ("wavelet wavelet_params undecimated", own or bands, "haar, wavspa or wersa, with --levels"),
+            ("inner wavspa_shared", own or "wavspa" in mixers, "--mixer=wavspa"),
+            ("n_features feature_map", own or "wersa" in used | crosses,
+             "wersa, as a mixer, in wavspa or as cross"),
+            ("cross cross_ratio", arch == "encdec", "--arch=encdec"),
+            ("pool n_classes", arch == "encoder", "--arch=encoder")):
+        for name in names.split():
+            if name in typed and not works:
+                stop(f"--{name} changes nothing in this model, it needs {needs}: leave it out", 2)
 
 # ---- what is said, and by whom
 world = int(os.environ.get("WORLD_SIZE", 1))
@@ -147,11 +150,11 @@ def own():
 
 def unforeseen(kind, e, trace):
     """What to say instead of a traceback where the cause lies outside."""
-    outside, full = issubclass(kind, (RuntimeError, OSError)), "out of memory|can't allocate memory"
-    if world > 1 and outside and re.search("(?i)gloo|nccl|peer|timed? ?out|socket|store", str(e)):
+    said = str(e) if issubclass(kind, (RuntimeError, OSError)) else ""
+    if world > 1 and re.search("(?i)gloo|nccl|peer|timed? ?out|socket|store", said):
         print(f"process {rank} of {world} has lost the others ({one_line(e)}): see what the first of them "
               "said, then --resume", file=sys.stderr)
-    elif issubclass(kind, MemoryError) or outside and re.search(full, str(e)):
+    elif issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", said):
         print(f"out of memory ({one_line(e)}): lower --batch_size and raise --gradient_accumulation_steps by "
               "the same factor, or take a smaller model", file=sys.stderr)
     else:
@@ -167,21 +170,35 @@ ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
 best_path = os.path.join(out, "best.pt")  # the lowest validation loss
 log_path = os.path.join(out, "log.csv")
 COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
-ckpt, kept, begun = None, {}, "auto"
+ckpt, kept, begun = None, {}, "auto"  # this run's, to go on with
+source, inherited = None, {}  # another run's, to start from
+FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
+
+def as_if_typed(config):
+    """Settings of a file, so that a stranger's can bring nothing that no flag takes."""
+    p.parse_args([f"--{k}={v}" for k, v in config.items()])
+    return p.given
+
 if args.resume and not os.path.exists(ckpt_path):
     say(f"{ckpt_path} does not exist: starting anew")
 elif args.resume:
+    if given.pop("init_from", None):  # the same command starts a job and starts it again
+        args.init_from = None
+        say(f"--init_from is left out, as this run goes on from {ckpt_path}")
     kinds = KINDS | dict(optimizer=dict, scaler=dict, config=dict, log_bytes=int)
     ckpt = load_checkpoint(ckpt_path, kinds=kinds | {name: type(value) for name, value in COUNTERS.items()})
-    # read as if typed, so that a stranger's file can bring nothing that no flag takes
     config = {k: v for k, v in ckpt["config"].items() if v is not None and k not in given}
     begun = str(config.pop("device", "auto"))
     with suppress(ArgumentTypeError):  # auto, or what this machine has not
         args.device = there(begun)
-    p.parse_args([f"--{k}={v}" for k, v in config.items()])
-    kept = p.given
+    kept = as_if_typed(config)
     if "mixers_from" in kept:  # and no file is run that was not asked for
         stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
+
+if args.init_from and not ckpt:
+    source = load_checkpoint(args.init_from)
+    had = source["model_args"]
+    inherited = as_if_typed({k: had[k] for k in FIELDS if k in had and k not in given})
 
 # ---- device
 device = args.device
@@ -198,7 +215,8 @@ if device_type == "cuda":
 
 # ---- settings: what was typed, what the checkpoint, the preset and the data set say
 preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
-settings = {**vars(args), **PRESETS[preset], **kept, **given, "preset": preset}
+said = {**PRESETS[preset], **inherited, **kept, **given, "preset": preset}
+settings = {**vars(args), **said}
 if world > 1:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=settings["dist_timeout"]))
@@ -216,32 +234,36 @@ if world > 1:
 meta = load_meta(folder)
 if meta["metric"] == "bleu":
     sacrebleu = need("sacrebleu")
-from_data = {k: meta[k] for k in ("arch", "vocab_size", "block_size", "n_classes", "pool") if k in meta}
-from_data.update(cross_ratio=meta.get("ratio", 1.0), pad_id=PAD)
-for k, v in from_data.items():
-    if k in ("vocab_size", "n_classes", "pad_id") and given.get(k, v) != v:
+advice = {k: meta[k] for k in ("arch", "block_size", "pool") if k in meta}
+advice["cross_ratio"] = meta.get("ratio", 1.0)
+fixed = {k: meta[k] for k in ("vocab_size", "n_classes") if k in meta}
+fixed["pad_id"] = PAD
+for k, v in fixed.items():
+    if given.get(k, v) != v:
         stop(f"--{k}={given[k]} is {v} in {settings['dataset']}: leave it out", 2)
-    if k not in given and k not in PRESETS[preset] and not ckpt:
-        settings[k] = v
+for k in ("arch", "pool", "cross_ratio"):
+    if k in inherited and k in advice:  # new data have their own
+        said[k] = advice[k]
+settings = {**settings, **advice, **said, **fixed}
 cfg = type(args)(**settings)
 try:
-    model_cfg = ModelConfig(**{f.name: settings[f.name] for f in dataclasses.fields(ModelConfig)})
+    model_cfg = ModelConfig(**{k: settings[k] for k in FIELDS})
 except ValueError as e:
     stop(e, 2)
 if ckpt:
     if any(ckpt["meta"].get(k) != meta[k] for k in ("files", "tokenizer")):
         stop(f"{folder} is not the data set of this run: bring that back, or take another --out_dir")
-    old, changed = ckpt["model_args"], []
+    differs = []
     for k, new in dataclasses.asdict(model_cfg).items():
-        if k not in ("dropout", "label_smoothing") and old.get(k) != new:
-            changed.append(f"{k}: {old.get(k)} in the checkpoint, {new} now")
-    if changed:
-        stop(f"--resume cannot change the model ({'; '.join(changed)}): take another --out_dir for that")
+        old = ckpt["model_args"].get(k)
+        if old != new and k not in ("dropout", "label_smoothing"):
+            differs.append(f"{k}: {old} in the checkpoint, {new} now")
+    if differs:
+        stop(f"--resume cannot change the model ({'; '.join(differs)}): take another --out_dir for that")
 if cfg.arch != meta["arch"]:
     stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is for {meta['arch']}: leave it out")
-if idle(model_cfg, given):
-    stop(idle(model_cfg, given), 2)
 layers = [model_cfg.of_layer(i) for i in range(cfg.n_layer)]
+refuse_idle(layers, given)
 literal = any(c.mixer == "haar" and c.n_levels > 0 and not c.is_undecimated(causal=True) for c in layers)
 if literal and cfg.arch != "encoder" and not cfg.leak:
     stop("--undecimated=no leaks in a decoder: each position sees the rest of its block, its own label too; "
@@ -256,116 +278,7 @@ owner = own() if master else None
 tokenizer = Tokenizer(meta["tokenizer"])
 labels = meta.get("labels")  # row, token, or None
 T_max = cfg.block_size
-
-class Rows:
-    """Sentence pairs, or rows with labels, of one split, each cut to T tokens."""
-
-    def __init__(self, split, T):
-        sides = ("src", "tgt") if cfg.arch == "encdec" else ("src",)
-        self.sides = [read_ragged(folder, f"{split}.{side}", meta["dtype"], cfg.vocab_size) for side in sides]
-        whole = [np.diff(begin) for _, begin in self.sides]
-        room = T - (cfg.arch != "encoder")  # for bos or eos
-        self.T = T
-        self.lengths = [np.minimum(n, room) for n in whole]
-        self.cut = int((np.maximum(whole[0], whole[-1]) > room).sum())
-        self.labels = self.values(split, "label") if labels else None
-        self.groups = self.values(split, "group") if "groups" in meta else None
-        if labels is None:  # targets of each row
-            self.asked = self.lengths[-1] + 1
-        elif labels == "row":
-            self.asked = np.ones(len(self), dtype=int)
-        else:
-            before, begin = np.r_[0, np.cumsum(self.labels >= 0)], self.sides[0][1][:-1]
-            self.asked = before[begin + self.lengths[0]] - before[begin]
-        if not self.asked.all():
-            n = (self.asked == 0).sum()
-            stop(f"--block_size={T} cuts {n} {split} rows before anything is asked in them: raise it")
-        most = cfg.n_classes if cfg.arch == "encoder" else cfg.vocab_size
-        if labels and not -1 <= self.labels.min() <= self.labels.max() < most:
-            stop(f"{folder}/{split}.label.bin has labels beyond the {most} known: prepare the data set again")
-        self.epoch = None
-
-    def values(self, split, name):
-        return np.memmap(os.path.join(folder, f"{split}.{name}.bin"), dtype=np.int32, mode="r")
-
-    def __len__(self):
-        return len(self.lengths[0])
-
-    def first(self, limit):
-        return np.arange(min(limit, len(self)))
-
-    def at(self, step):
-        """The rows of a step: a shuffled epoch, in pools sorted by length, cut in batches, shuffled."""
-        per_epoch, pool = len(self) // step_rows, 50 * step_rows
-        if per_epoch == 0:
-            stop(f"a step takes {step_rows} rows, {cfg.dataset} has {len(self)}: lower --batch_size", 2)
-        epoch, i = divmod(step, per_epoch)
-        if epoch != self.epoch:
-            rng = np.random.default_rng([cfg.seed, epoch])
-            order = rng.permutation(len(self))[:per_epoch * step_rows]
-            for start in range(0, len(order), pool):
-                rows = order[start:start + pool]
-                order[start:start + pool] = rows[np.lexsort([n[rows] for n in self.lengths])]
-            self.epoch, self.plan = epoch, rng.permutation(order.reshape(-1, step_rows))
-        return self.plan[i]
-
-    def cut_out(self, rows, values, side=0):
-        begin, n = self.sides[side][1], self.lengths[side]
-        return [values[begin[r]:begin[r] + n[r]] for r in rows]
-
-    def batch(self, rows):
-        """-> (idx, targets, src) or (idx, targets), padded at their ends, and how many targets count."""
-        src = self.cut_out(rows, self.sides[0][0])
-        if labels:
-            head = [BOS] if cfg.arch == "decoder" else []
-            return (collate(src, head, most=self.T), self.beside(rows, self.labels)), self.weight(rows)
-        tgt = self.cut_out(rows, self.sides[1][0], side=1)
-        idx = collate(tgt, head=[BOS], most=self.T)
-        targets = collate(tgt, tail=[EOS], most=self.T)
-        return (idx, targets, collate(src, tail=[EOS], most=self.T)), self.weight(rows)
-
-    def beside(self, rows, values):
-        """Labels or groups of rows: (B,), or (B, T) beside the tokens, -1 where there is none."""
-        if labels == "row":
-            return torch.from_numpy(values[rows].astype(np.int64))
-        head = [-1] if cfg.arch == "decoder" else []
-        return collate(self.cut_out(rows, values), head, fill=-1, most=self.T)
-
-    def weight(self, rows=slice(None)):
-        return int(self.asked[rows].sum())
-
-class Stream:
-    """One long text: training windows of T tokens anywhere, evaluation windows side by side."""
-
-    cut, groups = 0, None
-
-    def __init__(self, split, T):
-        self.T = T
-        self.tokens, _ = read_ragged(folder, split, meta["dtype"], cfg.vocab_size)
-        self.lengths = [np.full(len(self), T)]
-        if len(self.tokens) <= T:
-            flag = "block_size" if T == T_max else "eval_block_size"
-            stop(f"{folder}/{split}.bin has {len(self.tokens)} tokens, fewer than --{flag}={T}: lower it")
-
-    def __len__(self):
-        return -(-(len(self.tokens) - 1) // self.T)
-
-    def first(self, limit):
-        return self.T * np.arange(min(limit, len(self)))
-
-    def at(self, step):
-        return np.random.default_rng([cfg.seed, step]).integers(0, len(self.tokens) - self.T, step_rows)
-
-    def batch(self, starts):
-        rows = [self.tokens[s:s + self.T + 1] for s in starts]
-        idx = collate([row[:-1] for row in rows], most=self.T)
-        return (idx, collate([row[1:] for row in rows], most=self.T)), self.weight(starts)
-
-    def weight(self, starts):
-        return int(np.minimum(self.T, len(self.tokens) - 1 - starts).sum())
-
-Data = Rows if cfg.arch == "encdec" or labels else Stream
-splits = {split: Data(split, T_max) for split in ("train", "val", "test")}
+splits = {split: open_split(folder, meta, split, T_max) for split in ("train", "val", "test")}
 train = splits["train"]
 far = "long" if "long" in meta["splits"] else "test"  # what is measured at --eval_block_size
 if cfg.eval_block_size is not None:
@@ -373,8 +286,7 @@ if cfg.eval_block_size is not None:
 else:
     Ts_far = [int(np.max(meta["splits"]["long"]["longest"])) + 1] if far == "long" else []
 # read before training, so that what is missing there is told now
-beyond = {T: Data(far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}
-average = step_rows * (train.weight() / len(train) if Data is Rows else T_max)  # targets in a step
+beyond = {T: open_split(folder, meta, far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}
 
 def to_device(tensors):
     if device_type == "cuda":
@@ -384,16 +296,50 @@ def to_device(tensors):
 def micro_batches(step):
     """This process's part of a step, built on the host: [(tensors, share of the step's targets)], and how its
     targets compare with an average step's: short rows count for less, as all targets count the same."""
-    rows = train.at(step)
+    rows = train.at(step, step_rows, cfg.seed)
     total, batches = train.weight(rows), []
     for part in np.array_split(rows[rank::world], micro_steps):
         tensors, n = train.batch(part)
         batches.append((to_device(tensors), n / total))
-    return batches, total / average
+    return batches, total / (step_rows * train.per_row)
+
+def total_over_ranks(*values):
+    """Sum floats over all processes."""
+    t = torch.tensor(values, dtype=torch.float64, device=device if device_type == "cuda" else "cpu")
+    if world > 1:
+        dist.all_reduce(t)
+    return t.tolist()
+
+def from_all_ranks(mine):
+    """The values of rows that were dealt out by [rank::world], in their order."""
+    parts = [mine]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    out = [None] * sum(map(len, parts))
+    for r, part in enumerate(parts):
+        out[r::world] = part
+    return out
 
 # ---- model and optimiser
 torch.manual_seed(cfg.seed)
 model = build(ckpt_path, ckpt, model_cfg) if ckpt else WaveletTransformer(model_cfg)
+if source:
+    wanted = model.state_dict()
+    fits = {}
+    for k, v in source["model"].items():
+        if k in wanted and torch.is_tensor(v) and v.shape == wanted[k].shape:
+            fits[k] = v
+    if not fits.keys() & dict(model.named_parameters()).keys():
+        stop(f"nothing in {args.init_from} fits this model: leave out the flags that make it another one")
+    model.load_state_dict(fits, strict=False)
+    fresh = ", ".join(k for k in wanted if k not in fits) or "none"
+    at = f"step {source['iter_num']} of {args.init_from}"
+    say(f"weights      {len(fits)} tensors are those of {at}; fresh: {fresh}")
+    if source["meta"].get("tokenizer") != meta["tokenizer"]:
+        had = os.path.join(cfg.data_dir, str(source["meta"].get("name")))
+        say("             its embeddings mean other words, as its tokenizer is another: prepare the data "
+            f"with --tokenizer_from={had}")
 if ckpt and ckpt["best_loss"] < math.inf:  # the end takes it
     if not os.path.exists(best_path):
         stop(f"{best_path} does not exist, which this run is to test at its end: bring it back, or copy "
@@ -431,17 +377,18 @@ if compiled:
     try:  # something small shows whether there is a compiler
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: x.sin().sum())(x).backward()
-        net = torch.compile(model, dynamic=True)  # one graph for all lengths
+        for block in [*getattr(model, "encoder", ()), *getattr(model, "decoder", ())]:
+            block.compile(dynamic=True)  # one graph for all lengths, and for all blocks that are alike
+        torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, which a hybrid has many of
     except Exception as e:
         compiled, why = False, "no compiler"
         say(f"no compiler works here ({one_line(e)}): going on without, as --compile=False does at once")
 if world > 1:
     net = DDP(net, device_ids=[device] if device_type == "cuda" else None)
-    steps = [None] * world
-    dist.all_gather_object(steps, iter_num)
-    if len(set(steps)) > 1:
-        steps = ", ".join(map(str, sorted(set(steps))))
-        stop(f"the processes are at different steps ({steps}): --out_dir={out} must be one folder for all")
+    steps = sorted(set(from_all_ranks([iter_num])))
+    if len(steps) > 1:
+        stop(f"the processes are at different steps ({', '.join(map(str, steps))}): --out_dir={out} must be "
+             "one folder for all")
 
 machine = torch.cuda.get_device_name() if device_type == "cuda" else f"{torch.get_num_threads()} threads"
 peak = None  # an unknown GPU shows no MFU
@@ -480,8 +427,13 @@ say(f"step         {cfg.batch_size} rows * {cfg.gradient_accumulation_steps} = {
 
 # ---- evaluation
 caught = []  # signals
+compiling, launched = False, iter_num
 
-def on_signal(number, frame):
+def on_signal(number, frame=None):
+    if compiling:  # for minutes perhaps, of which a scheduler grants seconds
+        at = max(launched, iter_num - iter_num % cfg.eval_interval)
+        say(f"stopped while compiling: --resume goes on from step {at}", to="stderr")
+        os._exit(128 + number)
     if caught and world == 1:  # the second Ctrl-C means now; torchrun sends several
         sys.exit(128 + number)
     caught.append(number)
@@ -493,39 +445,7 @@ def heed(stopping=False):
         number = caught[0] if caught else signal.SIGTERM
         stop(f"stopped after step {iter_num}, saved: go on with --resume", 128 + number)
 
-def total_over_ranks(*values):
-    """Sum floats over all processes."""
-    t = torch.tensor(values, dtype=torch.float64, device=device if device_type == "cuda" else "cpu")
-    if world > 1:
-        dist.all_reduce(t)
-    return t.tolist()
-
-def from_all_ranks(mine):
-    """The values of rows that were dealt out by [rank::world], in their order."""
-    parts = [mine]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, mine)
-    out = [None] * sum(map(len, parts))
-    for r, part in enumerate(parts):
-        out[r::world] = part
-    return out
-
-def roc_auc(score, positive):
-    """Area under the ROC curve: the chance that a positive row scores above a negative one, a tie is half."""
-    _, at, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[at]
-    n = positive.sum()
-    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
-
-def macro_f1(guess, answer):
-    """The mean over classes of 2 hits / (guesses + answers), which a majority class alone does not carry."""
-    each = []
-    for c in np.union1d(guess, answer):
-        hits = (guess == c) & (answer == c)
-        each.append(2 * hits.sum() / ((guess == c).sum() + (answer == c).sum()))
-    return float(np.mean(each))
-
+@torch.compiler.set_stance("force_eager")  # what runs seldom, or at a length that grows, is not compiled
 @torch.no_grad()
 def evaluate(data, limit):
     """The first rows of a split, the same each time, shared by all processes -> loss (mean per target),
@@ -571,6 +491,7 @@ def evaluate(data, limit):
             "its own label, test rows in training), unless the rows are very regular")
     return found
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def score(split, found, limit, beam=1, T=T_max):
     """The task's own metric: bits per byte or accuracy, which evaluate found, or exact match or BLEU of text
@@ -641,11 +562,11 @@ if master:
             os.rename(out, f"{out}.{n}")
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
             owner = own()  # of the new folder, as the lock has moved too
-        size = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-        size *= 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
+        megabytes = sum(v.nbytes for v in model.state_dict().values()) / 1e6
+        megabytes *= 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
         disk = shutil.disk_usage(out)
-        if disk.total and disk.free < size:  # some disks say 0 of 0
-            stop(f"{out} has room for {disk.free / 1e6:,.0f} MB, the checkpoints need {size / 1e6:,.0f} MB: "
+        if disk.total and disk.free < 1e6 * megabytes:  # some disks say 0 of 0
+            stop(f"{out} has room for {disk.free / 1e6:,.0f} MB, the checkpoints need {megabytes:,.0f} MB: "
                  "make room, or take another --out_dir")
         if ckpt and os.path.exists(log_path) and os.path.getsize(log_path) >= ckpt["log_bytes"]:
             os.truncate(log_path, ckpt["log_bytes"])  # what was logged after the checkpoint happens again
@@ -682,13 +603,40 @@ def without_smoothing(loss, logits, targets, share):
     flat = logits.detach().flatten(0, -2).float()
     return share * F.cross_entropy(flat, targets.flatten(), ignore_index=-1)  # no copy by a mask: it waits
 
+def passes(batches, size):
+    """Forward and backward of this process's part of a step -> its loss, and the same without smoothing."""
+    loss_sum = nll = 0.0
+    for i, (tensors, share) in enumerate(batches):
+        if world > 1:
+            net.require_backward_grad_sync = i == len(batches) - 1
+        with autocast:
+            logits, loss = net(*tensors)
+            loss = loss * share  # shares add up to 1 over all passes of all processes
+        scaler.scale(loss * size * world).backward()  # DDP averages, the step sums
+        loss_sum = loss_sum + loss.detach()
+        nll = nll + without_smoothing(loss, logits, tensors[1], share)
+    return loss_sum, nll
+
+def timed(stance):
+    """Seconds of forward and backward of this step, compiled or not, when warm."""
+    least = math.inf
+    for _ in range(4):
+        began = time.time()
+        with torch.compiler.set_stance(stance):
+            passes(batches, size)[0].item()
+        least = min(least, time.time() - began)
+    optimizer.zero_grad(set_to_none=True)
+    return least
+
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
     signal.signal(signal.SIGHUP, on_signal)
 model.train()
 t_start = t_log = time.time()
-first, val_loss = iter_num, math.inf
+first, val_loss, drawing = iter_num, math.inf, master
+WARM = 10  # steps in which everything is compiled
+times = []  # of these
 batches, size = micro_batches(iter_num)
 while True:
     at = f"step {iter_num:05d}/{cfg.max_iters:05d}"
@@ -701,30 +649,45 @@ while True:
         say(f"{at} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}{best}")
         log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
         save(evaluated=True)
+        if drawing:
+            try:
+                draw_curves([out], os.path.join(out, "curve.png"))
+            except (Exception, SystemExit) as e:  # a picture ends no training
+                drawing = False
+                say(f"curve.png is not drawn ({one_line(e)})")
         t_log, first = time.time(), iter_num
     evaluated = False
     if iter_num >= cfg.max_iters:
         break
 
+    if compiled and iter_num == launched + WARM:
+        began = time.time()
+        cost = sum(times) - WARM * float(np.median(times))
+        slow, fast = timed("force_eager"), timed("default")
+        pays = launched + cost / (slow - fast) if fast < slow else math.inf
+        advice = "--compile=False is faster here"
+        if pays < cfg.max_iters:
+            advice = f"it pays from step {pays:.0f} on"
+        say(f"compiled in {cost:.1f} s; forward and backward take {fast * 1e3:.1f} ms, uncompiled "
+            f"{slow * 1e3:.1f} ms: {advice}")
+        t_log += time.time() - began
+    compiling = compiled and iter_num < launched + WARM
+    if compiling and caught:
+        on_signal(caught[0])
+    began = time.time()
     torch.manual_seed(hash((cfg.seed, iter_num, rank)) % 2**31)  # dropout, too, can be repeated
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss_sum = nll = 0.0
-    for i, (tensors, share) in enumerate(batches):
-        if world > 1:
-            net.require_backward_grad_sync = i == len(batches) - 1
-        with autocast:
-            logits, loss = net(*tensors)
-            loss = loss * share  # shares add up to 1 over all passes of all processes
-        scaler.scale(loss * size * world).backward()  # DDP averages, the step sums
-        loss_sum = loss_sum + loss.detach()
-        nll = nll + without_smoothing(loss, logits, tensors[1], share)
+    loss_sum, nll = passes(batches, size)
+    compiling = False
     batches, size = micro_batches(iter_num + 1)  # while the GPU is still busy
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     totals = total_over_ranks(loss_sum.item(), nll.item(), norm.item() / world, len(caught))
     loss_sum, nll, norm, stopping = totals
+    if iter_num < launched + WARM:
+        times.append(time.time() - began)
     if math.isfinite(loss_sum + norm):
         scaler.step(optimizer)
         in_a_row = 0
