@@ -21,7 +21,6 @@ import base64
 import contextlib
 import csv
 import difflib
-import glob
 import hashlib
 import importlib
 import inspect
@@ -29,12 +28,12 @@ import io
 import json
 import os
 import platform
+import random
 import re
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -62,16 +61,6 @@ def check(ok, sentence):  # a mistake ends in one sentence that says what to cha
     if not ok:
         raise SystemExit(sentence)
 
-def within(seconds, call):  # its result, or None if it fails or hangs: silent firewalls outlast timeouts
-    result = []
-    def work():
-        with contextlib.suppress(Exception):
-            result.append(call())
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return result[0] if result else None
-
 # ---- tokenizers ----
 
 def plain(text):
@@ -86,6 +75,19 @@ def pieces(text):
         return [text]
     return re.findall(r"(?s).{1,50000}(?<=[^\n]\n)(?=\S)|.{1,50000}", text)
 
+def gpt2():
+    """GPT-2's BPE, asked for in a thread that is given up after 20 s: a silent firewall would hold it for ever."""
+    found, tiktoken = [], need("tiktoken")
+    def work():
+        with contextlib.suppress(Exception):
+            found.append(tiktoken.get_encoding("gpt2"))
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    check(found, "GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a folder that holds them, or "
+          "prepare with --tokenizer=bytes")
+    return found[0]
+
 class Tokenizer:
     """Text to ids and back, made from the plain dict that meta.json and every checkpoint carry."""
 
@@ -93,10 +95,7 @@ class Tokenizer:
         self.spec, kind = spec, str(spec["kind"])
         self.words, self.bpe = spec.get("words"), None  # neither: bytes, or the grey values of pixels
         if kind == "gpt2":
-            tiktoken = need("tiktoken")
-            self.bpe = within(20, lambda: tiktoken.get_encoding("gpt2"))
-            check(self.bpe is not None, "GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a "
-                  "folder that holds them, or prepare with --tokenizer=bytes")
+            self.bpe = gpt2()
         elif kind == "bpe":
             ranks = {base64.b64decode(word): rank for rank, word in enumerate(spec["ranks"])}
             encoding = need("tiktoken").Encoding
@@ -159,47 +158,59 @@ def first_gap(a, b):  # where two sides part: lengths of true pairs go together,
     by_chance = np.abs(x - np.random.default_rng(0).permutation(y) - shift).mean()
     return int(np.argmax(np.cumsum(np.r_[0, 0.75 * by_chance - np.abs(x - y - shift)])))
 
+def hub_rows(path):
+    """The rows of a JSONL or Parquet file, each a dict."""
+    if path.suffix == ".jsonl":
+        with open(path, encoding="utf-8") as f:
+            yield from map(json.loads, f)
+    else:
+        for batch in need("pyarrow.parquet").ParquetFile(path).iter_batches(1000):
+            yield from batch.to_pylist()
+
+def class_names(path):
+    """What the hub has written into a Parquet file about its column label, or None."""
+    if path.suffix == ".parquet":
+        about = need("pyarrow.parquet").read_schema(path).metadata or {}
+        features = json.loads(about.get(b"huggingface", "{}")).get("info", {}).get("features", {})
+        return features.get("label", {}).get("names")
+
 def hub(source, repo, patterns, get, revision=None):
-    """{split: list of get(row)} from a folder in the hub's layout, or from the hub, or from its cache when
-    offline; and the names of the classes, if any. Of patterns joined by | the first that matches counts."""
+    """{split: list of get(row)} from a folder in the hub's layout or from the hub, and the names of the classes,
+    if any. Of patterns joined by | the first that matches counts."""
     if source is None:
-        requests, endpoint = need("requests"), need("huggingface_hub.constants").ENDPOINT
-        offline = within(4, lambda: [requests.head(endpoint, timeout=3)]) is None
-        fetch = need("huggingface_hub").snapshot_download
-        try:
-            source = fetch(repo, repo_type="dataset", revision=revision, local_files_only=offline,
-                           allow_patterns="|".join(patterns.values()).split("|"))
+        try:  # without a network this takes what an earlier call has fetched
+            wanted = "|".join(patterns.values()).split("|")
+            source = need("huggingface_hub").snapshot_download(repo, repo_type="dataset", revision=revision,
+                                                               allow_patterns=wanted)
         except Exception as e:
-            why = "no network" if offline else " ".join(str(e).split())[:150]
+            why = " ".join(str(e).split())[:150]
             raise SystemExit(f"{repo} cannot be fetched from the hub ({why}): name a local copy with "
                              "--source=DIR")
-    files = {}
+    splits, names = {}, None
     for split, pattern in patterns.items():
-        names = pattern.split("|")
-        found = [sorted(glob.glob(f"{glob.escape(source)}/{name}")) for name in names]
-        files[split] = next(filter(None, found), None)
-        check(files[split], f"{source} has no {names[0]}: --source must be a copy of {repo} in the hub's own "
-              "layout")
-    kind = "json" if files["train"][0].endswith(".jsonl") else "parquet"
-    with tempfile.TemporaryDirectory() as cache:  # for this call alone: cached rows silently come back old
-        try:
-            rows = need("datasets").load_dataset(kind, data_files=files, cache_dir=cache)
-            names = getattr(rows["train"].features.get("label"), "names", None)
-            for split in files:
-                files[split] = [get(row) for row in tqdm(rows[split], f"read {split}", leave=False)]
-        except Exception as e:
-            why = type(e).__name__ + ": " + " ".join(str(e.__cause__ or e).split())[:150]
-            raise SystemExit(f"{source}: its {kind} rows cannot be read or lack a field ({why})")
-    return files, names
+        found = []
+        for name in pattern.split("|"):
+            found = found or sorted(Path(source).glob(name))
+        check(found, f"{source} has no {pattern.split('|')[0]}: --source must be a copy of {repo} in the hub's "
+              "own layout")
+        splits[split] = []
+        for path in tqdm(found, f"read {split}", unit="file", leave=False):
+            try:
+                splits[split].extend(map(get, hub_rows(path)))
+                names = names or class_names(path)
+            except Exception as e:
+                why = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+                raise SystemExit(f"{path}: its rows cannot be read or lack a field ({why})")
+    return splits, names
 
 def hub_with_val(source, repo, get, seed, rows):  # a tenth of train becomes val: test chooses nothing
     files = {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}
-    splits, names = hub(source, repo, files, get)
+    splits, _ = hub(source, repo, files, get)
     pairs, k = splits["train"], len(splits["train"]) // 10
     order = np.random.default_rng(seed).permutation(len(pairs))
     splits["train"] = [pairs[i] for i in order[k:][:rows]]
     splits["val"] = [pairs[i] for i in order[:k]]
-    return splits, names
+    return splits
 
 # ---- writing ----
 @contextlib.contextmanager
@@ -288,25 +299,27 @@ def own(splits, seed, held_out):
     in them is trained on nowhere, as its source leaves train with all its twins."""
     splits, skipped = tidy(splits)
     missing = [split for split in ("test", "val") if split not in splits]
-    first = {}  # of the rows with the same source
-    for i, (source, _) in enumerate(splits["train"]):
-        first.setdefault(source, i)
-    k = held_out or max(1, min(2000, len(first) // 10))
     check(missing or not held_out, "--held_out is for what is drawn from train: leave it out")
+    first = {}  # of the rows with the same source
+    for source, target in splits["train"]:
+        first.setdefault(source, target)
+    k = held_out or max(1, min(2000, len(first) // 10))
     check(k * len(missing) < len(first), f"{len(first)} different rows with text on both sides are too few "
           f"to hold out {k} for each of {', '.join(missing)}")
-    order = np.random.default_rng(seed).permutation(list(first.values()))[:k * len(missing)]
+    rows = list(first.items())
+    order = np.random.default_rng(seed).permutation(len(rows))
     for n, split in enumerate(missing):
-        splits[split] = [splits["train"][i] for i in order[n * k:(n + 1) * k]]
-    drawn, known = set(order), set()
-    splits["train"] = [row for i, row in enumerate(splits["train"]) if i not in drawn]
+        splits[split] = [rows[i] for i in order[n * k:(n + 1) * k]]
+    known = set()
     for split in ("test", "val", "train"):
         kept = [row for row in splits[split] if row[0] not in known]
-        reason = f"{split}: same source as a row of val or test, left out"
-        skipped[reason] = len(splits[split]) - len(kept)
         check(kept, f"no row is left for {split}, whose sources all stand in val or test")
-        splits[split] = kept
+        twins = len(splits[split]) - len(kept)
+        if split == "train":
+            twins -= k * len(missing)  # those moved
+        skipped[f"{split}: same source as a row of val or test, left out"] = twins
         known.update(source for source, _ in kept)
+        splits[split] = kept
     return {split: splits[split] for split in ("train", "val", "test")}, skipped  # as files are written
 
 def write_encdec(out, metric, splits, skipped, vocab_size=None, rows=None, cap=256):
@@ -575,7 +588,7 @@ def table(out, source, text="text", label="label", tokenizer="bytes", seed=1337,
 
 def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes"):
     """IMDB reviews as bytes or GPT-2's BPE, negative or positive."""
-    splits, _ = hub_with_val(source, "stanfordnlp/imdb", lambda row: (row["text"], row["label"]), seed, rows)
+    splits = hub_with_val(source, "stanfordnlp/imdb", lambda row: (row["text"], row["label"]), seed, rows)
     return write_texts(out, tokenizer, splits, 1024, ["negative", "positive"])
 
 def arxiv(out, source=None, rows=None, tokenizer="gpt2", min_len=0):
@@ -593,79 +606,74 @@ def cifar10(out, source=None, seed=1337, rows=None):
     """CIFAR-10 as rows of 1,024 grey pixels, read line by line (Long Range Arena's Image)."""
     image = need("PIL.Image")
     def get(row):
-        img = row["img"]
-        if isinstance(img, dict):
-            img = image.open(io.BytesIO(img["bytes"]))
-        return np.asarray(img.convert("L").resize((32, 32)), np.uint8), row["label"]
-    splits, names = hub_with_val(source, "uoft-cs/cifar10", get, seed, rows)
-    splits = {split: [np.array(side) for side in zip(*pairs)] for split, pairs in splits.items()}
-    names = names or "airplane automobile bird cat deer dog frog horse ship truck".split()
-    return write_images(out, splits, names)
+        picture = image.open(io.BytesIO(row["img"]["bytes"]))
+        return np.asarray(picture.convert("L").resize((32, 32)), np.uint8), row["label"]
+    splits = hub_with_val(source, "uoft-cs/cifar10", get, seed, rows)
+    for split, pairs in splits.items():
+        images, labels = zip(*pairs)
+        splits[split] = np.array(images), np.array(labels)
+    return write_images(out, splits, "airplane automobile bird cat deer dog frog horse ship truck".split())
 
 OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]  # smallest, largest, median (rounded down), sum modulo 10
 
-def listops_rows(rng, count, min_len, max_len, max_depth, seen):
-    """count rows of the grammar with min_len < tokens < max_len, none of them in seen: ids, lengths, values.
-    Many trees grow at once, a level at a time; 0-9 are digits, 10-13 operators, 14 is the closing bracket."""
-    rows, values, idle = [], [], 0
-    n = max(256, min(20_000, 10**7 // max_len))
-    while len(rows) < count:
-        tree, levels, length = np.arange(n), [], np.zeros(n, int)
-        kids = rng.integers(2, 11, n)  # a root is an operator: a digit is too short
-        for depth in range(1, max_depth + 1):
-            length += np.bincount(tree, 1 + (kids > 0), n).astype(int)
-            kids[length[tree] >= max_len] = 0  # too long already: let it wither
-            levels.append((tree, kids))
-            tree = np.repeat(tree, kids)
-            kids = rng.integers(2, 11, len(tree)) * (rng.random(len(tree)) < 0.25) * (depth + 1 < max_depth)
-        keep = (min_len < length) & (length < max_len)
-        value = size = np.zeros(0, int)
-        nodes = []
-        for tree, kids in reversed(levels):  # values and sizes, from the leaves up
-            kids = kids[keep[tree]]
-            is_op = kids > 0
-            k = kids[is_op]
-            at = np.cumsum(k) - k  # an operator's first argument, one level down
-            code = rng.integers(0, 10, len(kids))
-            below, size = size, np.ones(len(kids), int)
-            args, value = value, code.copy()
-            if len(k):
-                op = rng.integers(0, 4, len(k))
-                args = args[np.lexsort((args, np.repeat(np.arange(len(k)), k)))]  # each operator's in order
-                median = (args[at + (k - 1) // 2] + args[at + k // 2]) // 2
-                total = np.add.reduceat(args, at) % 10
-                value[is_op] = np.choose(op, (args[at], args[at + k - 1], median, total))
-                size[is_op] = 2 + np.add.reduceat(below, at)
-                code[is_op] = 10 + op
-            nodes.append((code, size, is_op, k, at, below))
-        begin = pos = np.cumsum(size) - size
-        flat = np.zeros(size.sum(), np.uint8)
-        for code, size, is_op, k, at, below in reversed(nodes):  # places, from the root down
-            flat[pos] = code
-            flat[(pos + size - 1)[is_op]] = 14
-            before = np.cumsum(below) - below  # tokens of all nodes to the left, one level down
-            pos = np.repeat(pos[is_op] + 1 - before[at], k) + before
-        had = len(rows)
-        for row, v in zip(np.split(flat, begin[1:]), value):
-            if row.tobytes() not in seen and len(rows) < count:
-                seen.add(row.tobytes())
-                rows.append(row)
-                values.append(v)
-        idle = 0 if len(rows) > had else idle + 1
-        check(idle < 20, f"the grammar gives only {len(rows)} different rows of {min_len} to {max_len} tokens"
-              f" with --max_depth={max_depth}: lower --min_len or --rows, or raise --max_len or --max_depth")
-    return np.concatenate(rows) + N_SPECIAL, np.array([len(row) for row in rows]), np.array(values)
+def listops_row(draw, max_len, max_depth):
+    """A nested list and its value, or None if it has max_len tokens or more. 0-9 are digits, 10-13 operators,
+    14 is the closing bracket; draw() gives a number below 1."""
+    row, unfinished = bytearray(), []  # operators that wait for arguments: which, how many, those that are there
+    while len(row) < max_len:
+        depth = len(unfinished)
+        if depth == 0 or depth + 1 < max_depth and draw() < 0.25:
+            op, count = int(4 * draw()), 2 + int(9 * draw())
+            row.append(10 + op)
+            unfinished.append((op, count, []))
+            continue
+        value = int(10 * draw())
+        row.append(value)
+        while unfinished:
+            op, count, args = unfinished[-1]
+            args.append(value)
+            if len(args) < count:
+                break
+            unfinished.pop()
+            row.append(14)
+            args.sort()
+            median = (args[(count - 1) // 2] + args[count // 2]) // 2
+            value = (args[0], args[-1], median, sum(args) % 10)[op]
+        if not unfinished:
+            return row, value
+
+def listops_rows(draw, count, min_len, max_len, max_depth, seen):
+    """count rows of min_len < tokens < max_len, none of them in seen: all their ids, lengths, values."""
+    ids, lengths, values, idle = bytearray(), [], [], 0
+    with tqdm(total=count, desc="draw rows", unit="row", leave=False) as bar:
+        while len(values) < count:
+            idle += 1
+            check(idle < 100_000, f"the grammar gives only {len(values)} different rows of {min_len} to "
+                  f"{max_len} tokens with --max_depth={max_depth}: lower --min_len or --rows, or raise "
+                  "--max_len or --max_depth")
+            drawn = listops_row(draw, max_len, max_depth)
+            if drawn is None:
+                continue
+            row, value = drawn
+            if min_len < len(row) < max_len and bytes(row) not in seen:
+                idle = 0
+                seen.add(bytes(row))
+                ids += row
+                lengths.append(len(row))
+                values.append(value)
+                bar.update()
+    return np.frombuffer(ids, np.uint8) + N_SPECIAL, np.array(lengths), np.array(values)
 
 def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10, test_rows=2000):
     """Nested lists of digits, what is their value? The grammar of Long Range Arena (arXiv 2011.04006): an
     argument is an operator with probability 1/4, of 2 to 10 arguments. Split long: twice as long."""
     check(1 <= min_len < max_len and max_depth >= 2, f"--min_len={min_len}, --max_len={max_len}, --max_depth="
           f"{max_depth}: a row needs 1 <= min_len < max_len, and a max_depth of at least 2")
-    rng, seen, splits = np.random.default_rng(seed), set(), {}
+    draw, seen, splits = random.Random(seed).random, set(), {}
     for split, count in (("train", rows), ("val", max(1, min(2000, rows // 8))), ("test", test_rows)):
-        splits[split] = listops_rows(rng, count, min_len, max_len, max_depth, seen)
+        splits[split] = listops_rows(draw, count, min_len, max_len, max_depth, seen)
     with contextlib.suppress(SystemExit):  # so shallow a tree may not get twice as long
-        splits["long"] = listops_rows(rng, -(-test_rows // 2), max_len, 2 * max_len, max_depth, seen)
+        splits["long"] = listops_rows(draw, -(-test_rows // 2), max_len, 2 * max_len, max_depth, seen)
     roots = {split: ids[np.cumsum(n) - n] - N_SPECIAL - 10 for split, (ids, n, _) in splits.items()}
     digits = [str(d) for d in range(10)]
     spec = {"kind": "words", "words": digits + OPERATORS + ["]"]}
