@@ -37,6 +37,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -65,8 +66,14 @@ def check(ok, sentence):  # a mistake ends in one sentence that says what to cha
 
 def plain(text):
     """A row of text as models are trained on it and asked: one blank wherever there is any white space, be it
-    a tab, a no-break or an ideographic space, or a line separator."""
-    return " ".join(("" if text is None else str(text)).split())
+    a tab, a no-break or an ideographic space, or a line separator; no byte order mark, no half of a pair."""
+    words = ("" if text is None else str(text)).replace("\ufeff", "").split()
+    return " ".join(words).encode("utf-8", "replace").decode("utf-8")
+
+def twin(text):
+    """What two rows have in common that a reader takes for one: not how their letters are composed, and no
+    marks without a width."""
+    return re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", unicodedata.normalize("NFC", text)).strip()
 
 def pieces(text):
     """Parts of at most 50,000 characters, as a BPE gives up on a longer run; cut where a line begins, if one
@@ -76,7 +83,7 @@ def pieces(text):
     return re.findall(r"(?s).{1,50000}(?<=[^\n]\n)(?=\S)|.{1,50000}", text)
 
 def gpt2():
-    """GPT-2's BPE, asked for in a thread that is given up after 20 s: a silent firewall would hold it for ever."""
+    """GPT-2's BPE, asked for in a thread that is given up: a silent firewall would hold it for ever."""
     found, tiktoken = [], need("tiktoken")
     def work():
         with contextlib.suppress(Exception):
@@ -84,8 +91,8 @@ def gpt2():
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)
-    check(found, "GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a folder that holds them, or "
-          "prepare with --tokenizer=bytes")
+    check(found, "GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a folder that holds them, "
+          "or prepare with --tokenizer=bytes")
     return found[0]
 
 class Tokenizer:
@@ -175,8 +182,8 @@ def class_names(path):
         return features.get("label", {}).get("names")
 
 def hub(source, repo, patterns, get, revision=None):
-    """{split: list of get(row)} from a folder in the hub's layout or from the hub, and the names of the classes,
-    if any. Of patterns joined by | the first that matches counts."""
+    """{split: list of get(row)} from a folder in the hub's layout or from the hub, and the names of the
+    classes, if any. Of patterns joined by | the first that matches counts."""
     if source is None:
         try:  # without a network this takes what an earlier call has fetched
             wanted = "|".join(patterns.values()).split("|")
@@ -191,8 +198,8 @@ def hub(source, repo, patterns, get, revision=None):
         found = []
         for name in pattern.split("|"):
             found = found or sorted(Path(source).glob(name))
-        check(found, f"{source} has no {pattern.split('|')[0]}: --source must be a copy of {repo} in the hub's "
-              "own layout")
+        check(found, f"{source} has no {pattern.split('|')[0]}: --source must be a copy of {repo} in the "
+              "hub's own layout")
         splits[split] = []
         for path in tqdm(found, f"read {split}", unit="file", leave=False):
             try:
@@ -302,35 +309,35 @@ def own(splits, seed, held_out):
     check(missing or not held_out, "--held_out is for what is drawn from train: leave it out")
     first = {}  # of the rows with the same source
     for source, target in splits["train"]:
-        first.setdefault(source, target)
+        first.setdefault(twin(source), (source, target))
     k = held_out or max(1, min(2000, len(first) // 10))
     check(k * len(missing) < len(first), f"{len(first)} different rows with text on both sides are too few "
           f"to hold out {k} for each of {', '.join(missing)}")
-    rows = list(first.items())
+    rows = list(first.values())
     order = np.random.default_rng(seed).permutation(len(rows))
     for n, split in enumerate(missing):
         splits[split] = [rows[i] for i in order[n * k:(n + 1) * k]]
     known = set()
     for split in ("test", "val", "train"):
-        kept = [row for row in splits[split] if row[0] not in known]
+        kept = [row for row in splits[split] if twin(row[0]) not in known]
         check(kept, f"no row is left for {split}, whose sources all stand in val or test")
         twins = len(splits[split]) - len(kept)
         if split == "train":
             twins -= k * len(missing)  # those moved
         skipped[f"{split}: same source as a row of val or test, left out"] = twins
-        known.update(source for source, _ in kept)
+        known.update(twin(source) for source, _ in kept)
         splits[split] = kept
     return {split: splits[split] for split in ("train", "val", "test")}, skipped  # as files are written
 
-def write_encdec(out, metric, splits, skipped, vocab_size=None, rows=None, cap=256):
-    """From {split: tidy pairs} to files of BPE tokens, or without vocab_size of bytes. Train rows longer than
-    cap are dropped, others left to the loader."""
+def write_encdec(out, metric, splits, skipped, vocab_size, rows=None, spec=None, cap=256):
+    """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size. Train rows longer
+    than cap are dropped, others left to the loader."""
     splits["train"], stats = splits["train"][:rows], {}
     for split, pairs in splits.items():
         check(pairs, f"too few rows with text on both sides: none is left for {split}")
         splits[split] = list(zip(*pairs))
     bleu = bleu_tokenizer(splits["train"][1])
-    tok = Tokenizer(train_bpe(splits["train"], vocab_size) if vocab_size else {"kind": "bytes"})
+    tok = Tokenizer(spec or train_bpe(splits["train"], vocab_size))
     for split, sides in splits.items():
         encoded = [tok.encode_rows(texts, f"{split}.{side}") for texts, side in zip(sides, ("src", "tgt"))]
         keep = np.maximum(encoded[0][1], encoded[1][1]) < cap
@@ -446,25 +453,25 @@ def numbers(out, seed=1337, rows=100_000):
     splits = {"train": train, "val": val, "test": test, "long": far}
     for split, values in splits.items():
         splits[split] = [(en(n), de(n)) for n in map(int, values)]
-    return {**write_encdec(out, "exact", *tidy(splits), cap=np.inf),
+    return {**write_encdec(out, "exact", *tidy(splits), None, spec={"kind": "bytes"}, cap=np.inf),
             "note": "split long: 500 numbers of 7 to 9 digits, beyond the trained range"}
 
 STEMS = {"train": "train", "val": "validation", "test": "test"}  # what the hub calls them
 
 # 4,000: in 29,000 captions a rarer token is not learned, and its table would outweigh a small model
-def multi30k(out, source=None, vocab_size=4000, rows=None):
+def multi30k(out, source=None, vocab_size=4000, rows=None, tokenizer_from=None):
     """Multi30k image captions, English to German; test is test_2016_flickr, raw and cased."""
     files = {split: f"{split}.jsonl" for split in ("train", "val", "test")}
     splits, _ = hub(source, "bentrevett/multi30k", files, lambda row: (row["en"], row["de"]))
-    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows)
+    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows, tokenizer_from)
 
-def wmt16(out, source=None, vocab_size=16_000, rows=None):
+def wmt16(out, source=None, vocab_size=16_000, rows=None, tokenizer_from=None):
     """WMT16, English to German."""
     files = {split: f"de-en/{stem}-*.parquet" for split, stem in STEMS.items()}
     splits, _ = hub(source, "wmt/wmt16", files, lambda row: [row["translation"][x] for x in ("en", "de")])
-    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows)
+    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows, tokenizer_from)
 
-def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None):
+def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None, tokenizer_from=None):
     """Your own two files whose lines belong together; the first is translated into the second."""
     paths, splits = source.split(","), {}
     check(len(paths) in (2, 6), f"--source names {len(paths)} file(s): give train.en,train.de or these, "
@@ -479,28 +486,60 @@ def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None):
     splits, skipped = own(splits, seed, held_out)
     letters = sum(len(text) for pair in splits["train"][:rows] for text in pair)
     vocab_size = vocab_size or min(8000, 259 + letters // 1000)  # more are not learned
-    return write_encdec(out, "bleu", splits, skipped, vocab_size, rows)
+    return write_encdec(out, "bleu", splits, skipped, vocab_size, rows, tokenizer_from)
 
-def text(out, source, tokenizer="gpt2"):
-    """Any plain text, for a decoder: 90 % train, 5 % val, 5 % test, in its order, cut at line breaks."""
-    whole, tok = read_text(source, empty=False), Tokenizer({"kind": tokenizer})
-    start, parts, stats, sizes = 0, {}, {}, {}
+def read_parts(source):
+    """{split: text}, or train alone where nothing says what val is."""
+    folder, paths = Path(source), source.split(",")
+    if folder.is_dir():
+        paths = sorted(folder.glob("*.txt"))
+        check(paths, f"{source} has no *.txt")
+        parts = {path.stem: path for path in paths if path.stem in ("train", "val", "test")}
+        if parts:
+            check("train" in parts and "val" in parts, f"{source} has only {', '.join(parts)} of train.txt "
+                  "and val.txt, which a folder that is split already needs")
+            return {split: read_text(path, empty=False) for split, path in parts.items()}
+    whole = "\n".join(map(read_text, paths))
+    check(whole.strip(), f"{source} is empty")
+    return {"train": whole}
+
+def cut_in_three(whole):
+    start, parts = 0, {}
     for split, percent in (("train", 90), ("val", 95), ("test", 100)):
         end = len(whole) * percent // 100
         if split != "test":
             end = whole.rfind("\n", max(0, end - 10_000), end) + 1 or end
         parts[split] = whole[start:end]
         start = end
+    return parts
+
+def text(out, source, tokenizer="gpt2", tokenizer_from=None):
+    """Any plain text, for a decoder: a file, files joined by commas, or a folder of *.txt; 90 % train, 5 %
+    val, 5 % test, in its order, cut at line breaks. A folder with train.txt and val.txt is split already."""
+    parts, tok, note = read_parts(source), Tokenizer(tokenizer_from or {"kind": tokenizer}), ""
+    split_already = "val" in parts
+    if not split_already:
+        parts = cut_in_three(parts["train"])
+    elif "test" not in parts:
+        parts["test"] = parts["val"]
+        note = "there is no test.txt: val stands for test too"
     # a line of val or test leaves train; one of fewer than 20 characters, a name perhaps, may stand anywhere
-    held = {line for split in ("val", "test") for line in parts[split].split("\n") if len(line) >= 20}
+    held = set()
+    for split in ("val", "test"):
+        held.update(line for line in map(twin, parts[split].split("\n")) if len(line) >= 20)
     lines = parts["train"].split("\n")
-    kept = [line for line in lines if line not in held]
-    parts["train"] = "\n".join(kept)
-    skipped = {"train: lines that stand in val or test, left out": len(lines) - len(kept)}
-    for split, part in parts.items():
+    kept = [line for line in lines if twin(line) not in held]
+    twins, why = len(lines) - len(kept), "left out"
+    if split_already:
+        why = "kept, as the split is yours"
+    else:
+        parts["train"] = "\n".join(kept)
+    stats, sizes = {}, {}
+    for split in ("train", "val", "test"):
+        part = parts[split]
         ids, _ = tok.encode_rows(pieces(part), split)
         check(len(ids) > 256, f"{source} is too short: its {split} split has {len(ids)} tokens and needs 257 "
-              f"after {len(lines) - len(kept)} lines of train that stand in val or test were left out")
+              f"({twins} lines of train stand in val or test, {why})")
         ids.tofile(out / f"{split}.bin")
         if split == "train":
             seen = np.bincount(ids, minlength=tok.vocab_size)[N_SPECIAL:] + 1
@@ -508,7 +547,8 @@ def text(out, source, tokenizer="gpt2"):
         sizes[split] = len(part.encode("utf-8"))
         stats[split] = {"rows": 1, "tokens": len(ids), "longest": len(ids),
                         "trivial": {"token frequencies": float(bits.sum() / sizes[split])}}
-    return {**describe("decoder", "bpb", tok, 256, stats, skipped), "bytes": sizes}
+    skipped = {f"train: lines that stand in val or test, {why}": twins}
+    return {**describe("decoder", "bpb", tok, 256, stats, skipped), "bytes": sizes, "note": note}
 
 def bag_of_words(splits):
     """TF-IDF + logistic regression, from {split: (texts, labels)} to {split: accuracy}."""
@@ -521,9 +561,9 @@ def bag_of_words(splits):
     except (ImportError, ValueError):  # not installed; no words, or one class only
         return {}
 
-def write_texts(out, tokenizer, splits, block_size, classes, min_len=0, skipped=()):
+def write_texts(out, spec, splits, block_size, classes, min_len=0, skipped=()):
     """From {split: [(text, label)]} to files, without the texts of fewer than min_len tokens."""
-    tok, skipped, known, longest = Tokenizer({"kind": tokenizer}), dict(skipped), {}, 0
+    tok, skipped, known, longest = Tokenizer(spec), dict(skipped), {}, 0
     for split, pairs in splits.items():
         texts, labels = zip(*pairs)
         texts = [plain(text) for text in texts]
@@ -567,7 +607,8 @@ def read_table(path, *columns):
               f"is {head[:100].strip()}: name the columns with --text= and --label=")
     return rows
 
-def table(out, source, text="text", label="label", tokenizer="bytes", seed=1337, rows=None, held_out=None):
+def table(out, source, text="text", label="label", tokenizer="bytes", tokenizer_from=None, seed=1337,
+          rows=None, held_out=None):
     """Your own labelled texts: train.csv, or train.csv,test.csv, or train.csv,val.csv,test.csv."""
     paths = source.split(",")
     check(len(paths) <= 3, f"--source names {len(paths)} files: give train.csv, or with it val.csv, test.csv")
@@ -583,15 +624,17 @@ def table(out, source, text="text", label="label", tokenizer="bytes", seed=1337,
     for split, pairs in splits.items():
         splits[split] = [(words, classes.index(name)) for words, name in pairs]
     never = ", ".join(name for name in classes if name not in trained)
-    return {**write_texts(out, tokenizer, splits, 1024, classes, skipped=skipped),
+    spec = tokenizer_from or {"kind": tokenizer}
+    return {**write_texts(out, spec, splits, 1024, classes, skipped=skipped),
             "note": f"train has no row of the labels {never}" if never else ""}
 
-def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes"):
+def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes", tokenizer_from=None):
     """IMDB reviews as bytes or GPT-2's BPE, negative or positive."""
     splits = hub_with_val(source, "stanfordnlp/imdb", lambda row: (row["text"], row["label"]), seed, rows)
-    return write_texts(out, tokenizer, splits, 1024, ["negative", "positive"])
+    spec = tokenizer_from or {"kind": tokenizer}
+    return write_texts(out, spec, splits, 1024, ["negative", "positive"])
 
-def arxiv(out, source=None, rows=None, tokenizer="gpt2", min_len=0):
+def arxiv(out, source=None, rows=None, tokenizer="gpt2", tokenizer_from=None, min_len=0):
     """Long papers of 11 arXiv categories (He et al. 2019). The no_ref rows are taken if they are there: the
     others spell the class in the text. --min_len keeps the longest documents only (WERSA's ArXiv-128k)."""
     places = "no_ref/S/*.parquet|no_ref/S*.parquet|default/S/*.parquet|*/S*.parquet|S*.parquet"
@@ -599,8 +642,10 @@ def arxiv(out, source=None, rows=None, tokenizer="gpt2", min_len=0):
     splits, names = hub(source, "ccdv/arxiv-classification", files, lambda row: (row["text"], row["label"]),
                         "refs/convert/parquet")
     splits["train"] = splits["train"][:rows]
-    most = max(label for pairs in splits.values() for _, label in pairs)
-    return write_texts(out, tokenizer, splits, 4096, names or [str(c) for c in range(most + 1)], min_len)
+    if not names:
+        most = max(label for pairs in splits.values() for _, label in pairs)
+        names = [str(c) for c in range(most + 1)]
+    return write_texts(out, tokenizer_from or {"kind": tokenizer}, splits, 4096, names, min_len)
 
 def cifar10(out, source=None, seed=1337, rows=None):
     """CIFAR-10 as rows of 1,024 grey pixels, read line by line (Long Range Arena's Image)."""
@@ -619,7 +664,7 @@ OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]  # smallest, largest, median (rounde
 def listops_row(draw, max_len, max_depth):
     """A nested list and its value, or None if it has max_len tokens or more. 0-9 are digits, 10-13 operators,
     14 is the closing bracket; draw() gives a number below 1."""
-    row, unfinished = bytearray(), []  # operators that wait for arguments: which, how many, those that are there
+    row, unfinished = bytearray(), []  # operators: which, how many arguments, those that are there
     while len(row) < max_len:
         depth = len(unfinished)
         if depth == 0 or depth + 1 < max_depth and draw() < 0.25:
@@ -874,7 +919,8 @@ def plausible(meta):  # may train.py trust what a well-formed meta.json claims, 
             and meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size
             and (meta["arch"] != "encoder" or 1 <= meta["n_classes"] == len(meta["classes"])))
 
-def load_meta(folder):  # meta.json of a data set whose files are all there and unchanged
+def load_meta(folder):
+    """meta.json of a data set whose files are all there and unchanged."""
     folder, why = Path(folder), "has a damaged meta.json"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -888,7 +934,8 @@ def load_meta(folder):  # meta.json of a data set whose files are all there and 
         why = f"cannot be read ({e.strerror})"
     except Exception:  # as many as there are ways to be no meta.json
         pass
-    check(not why, f"{folder} {why}: make it anew with python prepare_data.py --dataset={folder.name} "
+    flag = "dataset" if folder.name in DATASETS else "dataset=... --name"
+    check(not why, f"{folder} {why}: make it anew with python prepare_data.py --{flag}={folder.name} "
           f"--data_dir={folder.parent} --force")
     return meta
 
@@ -913,12 +960,17 @@ def read_ragged(folder, stem, dtype, vocab_size=2**32):
           "the data set again")
     return tokens, idx
 
-def fingerprint(source):  # sha256 over the source files, so that an edited file counts as another source
+def fingerprint(source):
+    """sha256 over the source files, so that an edited file counts as another source."""
     digest = hashlib.sha256()
     for path in map(Path, source.split(",")):
         check(path.exists(), f"--source: there is no {path}")
-        inside = sorted(path.glob("*.jsonl")) + sorted(path.glob("*/*.parquet"))
-        for file in inside if path.is_dir() else [path]:
+        files = [path]
+        if path.is_dir():
+            files = []
+            for pattern in ("*.txt", "*.jsonl", "*/*.parquet", "*/*/*.parquet"):
+                files += sorted(path.glob(pattern))
+        for file in files:
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -929,53 +981,84 @@ def sweep(folder):  # away with what killed runs left, but an old data set betwe
         elif old.is_dir():  # the lock is a file
             shutil.rmtree(old, ignore_errors=True)
 
-def prepare(name, data_dir="data", force=False, exact=False, source=None, **flags):
-    """Makes data_dir/name unless it is there, and returns its path. An option left at None means the default,
-    or what an existing folder was made with; exact compares an existing folder with the defaults too."""
-    if name not in DATASETS:
-        raise SystemExit(unknown("data set", name, DATASETS))
-    given = {key: value for key, value in dict(flags, source=source).items() if value is not None}
-    _, *known = inspect.signature(DATASETS[name]).parameters.values()
+@contextlib.contextmanager
+def alone(folder):
+    """Hold the place of a folder that is to be made, and sweep it before and after."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(f"{folder}.tmp-lock")
+    try:
+        sweep(folder)
+        yield
+    finally:
+        sweep(folder)
+        Path(held.name).unlink(missing_ok=True)
+        held.close()
+
+def reused(folder):
+    """The tokenizer of a data set, for another one."""
+    spec = load_meta(folder)["tokenizer"]
+    check(spec["kind"] in ("bpe", "gpt2", "bytes"), f"--tokenizer_from={folder}: its tokenizer knows no "
+          f"text, only {spec['kind']} of its own")
+    return spec
+
+def prepare(dataset, data_dir="data", name=None, force=False, exact=False, **flags):
+    """Makes data_dir/name unless it is there, and returns its path. A flag left at None means the default, or
+    what an existing folder was made with; exact compares an existing folder with the defaults too."""
+    if dataset not in DATASETS:
+        raise SystemExit(unknown("data set", dataset, DATASETS) + " One of your own is made by python "
+                         f"prepare_data.py --dataset=... --name={dataset}")
+    name = name or dataset
+    check(name.replace("-", "").replace("_", "").isalnum(), f"--name={name} must be plain: letters, digits, "
+          "- and _")
+    check(name == dataset or name not in DATASETS, f"--name={name} is what another data set is called: "
+          "take a name of your own")
+    given = {key: value for key, value in flags.items() if value is not None}
+    _, *known = inspect.signature(DATASETS[dataset]).parameters.values()
     options = {p.name: given.get(p.name, p.default) for p in known}
     for key in given.keys() - {"seed"}:
-        check(key in options, f"--{key} is no flag of {name}, which takes --{', --'.join(options)}")
-    settings = {**options, "source": fingerprint(source) if source else None}
-    folder = Path(data_dir) / name
-    if force or not (folder / "meta.json").exists() or any(folder.parent.glob(f"{name}.tmp-*")):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            held = lock(f"{folder}.tmp-lock")
-            try:
-                sweep(folder)
-                if force or not (folder / "meta.json").exists():
-                    return make(folder, options, settings)
-            finally:
-                sweep(folder)
-                Path(held.name).unlink(missing_ok=True)
-                held.close()
-        except OSError as e:
-            raise SystemExit(f"{folder} cannot be made: {e}")
+        check(key in options, f"--{key} is no flag of {dataset}, which takes --{', --'.join(options)}")
+    settings, folder = dict(options), Path(data_dir) / name
+    try:
+        if "source" in given:
+            settings["source"] = fingerprint(given["source"])
+        if "tokenizer_from" in given:
+            check(not given.keys() & {"tokenizer", "vocab_size"}, "--tokenizer_from brings its own "
+                  "vocabulary: leave out --tokenizer and --vocab_size")
+            options["tokenizer_from"] = reused(given["tokenizer_from"])
+            settings["tokenizer_from"] = checksum(options["tokenizer_from"])
+        there = folder / "meta.json"
+        if force or not there.exists() or any(folder.parent.glob(f"{name}.tmp-*")):
+            with alone(folder):
+                if force or not there.exists():
+                    return make(folder, dataset, options, settings)
+    except OSError as e:
+        raise SystemExit(f"{folder} cannot be made: {e}")
     meta = load_meta(folder)
+    made_as = meta.get("dataset", name)
+    check(made_as == dataset, f"{folder} was made with --dataset={made_as}: --force replaces it")
     for key, value in settings.items():
         had = meta["settings"].get(key)
-        was = "another source" if key == "source" else f"{key}={had}, not {value}"
+        was = f"{key}={had}, not {value}"
+        if key in ("source", "tokenizer_from"):
+            was = f"another {key.split('_')[0]}"
         if value != had and (key in given or exact and key != "source"):
             raise SystemExit(f"{folder} was made with {was}: --force replaces it")
     print(f"{folder} is there already, made by: {meta['created_by']}")
     return str(folder)
 
-def make(folder, options, settings):
+def make(folder, dataset, options, settings):
     """Makes a data set beside its folder, which it replaces when all is there."""
     name, started = folder.name, time.time()
     tmp, old = (folder.with_name(f"{name}.tmp-{which}") for which in ("new", "old"))
     check((folder / "meta.json").exists() or not folder.exists(), f"{folder} exists and is no data set of "
           "ours: move it away or choose another --data_dir")
-    files = "train.en,train.de" if name == "parallel" else "FILE"
-    check(options.get("source") is not inspect.Parameter.empty, f"{name} is made from your own: python "
-          f"prepare_data.py --dataset={name} --source={files}")
+    files = "train.en,train.de" if dataset == "parallel" else "FILE"
+    check(options.get("source") is not inspect.Parameter.empty, f"{dataset} is made from your own: python "
+          f"prepare_data.py --dataset={dataset} --source={files}")
     tmp.mkdir()
-    meta = {"format": FORMAT, "name": name, "note": "", **DATASETS[name](tmp, **options),
-            "settings": settings, "seconds": round(time.time() - started, 1),
+    meta = {"format": FORMAT, "name": name, "dataset": dataset, "note": "",
+            **DATASETS[dataset](tmp, **options), "settings": settings,
+            "seconds": round(time.time() - started, 1),
             "files": {p.name: [p.stat().st_size, crc32(p)] for p in sorted(tmp.iterdir())},
             "created_by": "python " + shlex.join(sys.argv)}
     meta["tokenizer"] = meta.pop("tokenizer")  # last, because a BPE fills thousands of lines
@@ -991,8 +1074,8 @@ HABITS = {"--lr": "learning_rate", "--epochs": "max_iters", "--steps": "max_iter
           "--heads": "n_head", "--layers": "n_layer", "--d_model": "n_embd", "--hidden": "n_embd"}
 
 def unknown(kind, word, known):
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-    return f"unknown {kind} {word}: did you mean {near}?"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"unknown {kind} {word}" + (f": did you mean {near[0]}?" if near else ".")
 
 def stopped(kind, e, trace):  # Ctrl-C ends in one word and the exit code of a signal
     if kind is not KeyboardInterrupt:
@@ -1091,8 +1174,10 @@ def main():
     parser.add("--text", help="table: the column of the texts [text]")
     parser.add("--label", help="table: the column of the labels [label]")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
+    parser.add("--name", help="a name of its own, instead of the data set's")
     parser.add("--vocab_size", int, "ids of the trained BPE, special ones included", 1, 2**24)
     parser.add("--tokenizer", choices=["gpt2", "bytes"], help="text, arxiv [gpt2], table, imdb [bytes]")
+    parser.add("--tokenizer_from", help="the folder of a data set whose tokenizer, a BPE too, is used again")
     parser.add("--rows", int, "use only so many training rows", 1, 10**9)
     held = "rows of each, val and test, where they are drawn from your rows [a tenth, at most 2,000]"
     parser.add("--held_out", int, held, 1, 10**9)
@@ -1109,11 +1194,10 @@ def main():
     parser.add("--force", bool, "replace a data set made with other settings", default=False)
     args = parser.parse_args()
     options, started = vars(args), time.time()
-    name = options.pop("dataset")
-    if name not in DATASETS:
-        parser.error(unknown("data set", name, DATASETS))
+    if args.dataset not in DATASETS:
+        parser.error(unknown("data set", args.dataset, DATASETS))
     try:
-        folder = prepare(name, **options, exact=True)
+        folder = prepare(**options, exact=True)
     except KeyboardInterrupt:
         print("\nstopped: nothing was changed", file=sys.stderr)
         sys.exit(130)
@@ -1121,7 +1205,7 @@ def main():
         parser.error(e.code) if str(e.code).startswith("--") else sys.exit(e.code)
     summary(folder, load_meta(folder), time.time() - started)
     where = "" if args.data_dir == "data" else f" --data_dir={args.data_dir}"
-    print(f"next: python train.py --dataset={name}{where}")
+    print(f"next: python train.py --dataset={args.name or args.dataset}{where}")
 
 if __name__ == "__main__":
     main()

@@ -2274,6 +2274,111 @@ def test_two_preparations_of_one_data_set(tmp_path):
     assert os.listdir(tmp_path / "data") == ["pathfinder"]
 
 
+def rows_of(folder, stem):
+    """The rows of a prepared file, as text."""
+    meta = prepare_data.load_meta(folder)
+    ids, idx = prepare_data.read_ragged(folder, stem, meta["dtype"])
+    tok = Tokenizer(meta["tokenizer"])
+    return [tok.decode(ids[i:j]) for i, j in zip(idx, idx[1:])]
+
+
+def test_a_data_set_with_a_name_of_its_own(tmp_path):
+    # catches: a second corpus that replaces the first, a name that hides another data set
+    content = "".join(f"sentence number {i}, and more of it\n" for i in range(400))
+    (tmp_path / "t").write_text(content)
+    flags = ["--dataset=text", "--source=t", "--tokenizer=bytes"]
+    said = run("prepare_data.py", *flags, "--name=mine", cwd=tmp_path)
+    assert "next: python train.py --dataset=mine\n" in said
+    assert os.listdir(tmp_path / "data") == ["mine"]
+    assert "is there already" in run("prepare_data.py", *flags, "--name=mine", cwd=tmp_path)
+    train = [*TINY, "--mixer=haar", "--block_size=32", "--max_iters=1"]
+    run("train.py", *train, "--dataset=mine", cwd=tmp_path)
+    said = run("prepare_data.py", "--dataset=recall", "--name=mine", cwd=tmp_path, code=1)
+    assert "data/mine was made with --dataset=text: --force replaces it" in said
+    for name in ("imdb", "a/b", "..", "a b", "-", "x.y"):
+        said = run("prepare_data.py", *flags, f"--name={name}", cwd=tmp_path, code=2)
+        assert "--name=" in said and said.count("\n") == 1
+    said = run("train.py", *train, "--dataset=yours", "--out_dir=o", cwd=tmp_path, code=1)
+    assert "unknown data set yours" in said and "prepare_data.py --dataset=... --name=yours" in said
+    os.remove(tmp_path / "data" / "mine" / "train.bin")
+    said = run("train.py", *train, "--dataset=mine", "--out_dir=o", cwd=tmp_path, code=1)
+    assert "--dataset=... --name=mine" in said
+
+
+def test_a_tokenizer_is_used_again(tmp_path):
+    # catches: ids that mean something else in the second data set, another tokenizer that changes nothing
+    (tmp_path / "a").write_text("".join(f"the cat number {i}\n" for i in range(100)))
+    (tmp_path / "b").write_text("".join(f"die Katze Nummer {i}\n" for i in range(100)))
+    rows = "".join(f"the cat {i},{'xy'[i % 2]}\n" for i in range(100))
+    (tmp_path / "t.csv").write_text("text,label\n" + rows)
+    data, pair = str(tmp_path / "data"), f"{tmp_path}/a,{tmp_path}/b"
+    first = prepare_data.prepare("parallel", data, source=pair, vocab_size=280)
+    spec = prepare_data.load_meta(first)["tokenizer"]
+    turned = f"{tmp_path}/b,{tmp_path}/a"
+    again = prepare_data.prepare("parallel", data, name="again", source=turned, tokenizer_from=first)
+    table = prepare_data.prepare("table", data, source=f"{tmp_path}/t.csv", tokenizer_from=first)
+    (tmp_path / "c").write_text("".join(f"the cat, {i}, sat\n" for i in range(2000)))
+    text = prepare_data.prepare("text", data, source=f"{tmp_path}/c", tokenizer_from=first)
+    for folder in (again, table, text):
+        assert prepare_data.load_meta(folder)["tokenizer"] == spec and spec["kind"] == "bpe"
+    assert all(row.startswith("the cat ") for row in rows_of(table, "train.src"))
+    other = prepare_data.prepare("numbers", data, rows=100)
+    with pytest.raises(SystemExit, match="made with another tokenizer: --force"):
+        prepare_data.prepare("table", data, source=f"{tmp_path}/t.csv", tokenizer_from=other)
+    twice = (("parallel", pair, dict(vocab_size=280)), ("text", turned, dict(tokenizer="bytes")))
+    for name, source, more in twice:
+        with pytest.raises(SystemExit, match="leave out --tokenizer and --vocab_size"):
+            prepare_data.prepare(name, data, name="new", source=source, tokenizer_from=first, **more)
+    with pytest.raises(SystemExit, match="--tokenizer_from is no flag of lego"):
+        prepare_data.prepare("lego", data, tokenizer_from=first)
+    words = prepare_data.prepare("recall", data, rows=50, n_pairs=2)
+    with pytest.raises(SystemExit, match="knows no text"):
+        prepare_data.prepare("text", data, name="new", source=pair, tokenizer_from=words)
+    with pytest.raises(SystemExit, match="none holds no data set"):
+        prepare_data.prepare("text", data, name="new", source=pair, tokenizer_from=f"{tmp_path}/none")
+
+
+def test_text_of_several_files(tmp_path):
+    # catches: a file's last line glued to the next file's first, a benchmark's own split mixed or thinned
+    def lines_of(name, n):
+        return "".join(f"{name}, a line of text, the {i}th\n" for i in range(n)).rstrip()
+
+    def split(folder, name):
+        meta = prepare_data.load_meta(folder)
+        return Tokenizer(meta["tokenizer"]).decode(np.fromfile(f"{folder}/{name}.bin", meta["dtype"]))
+    source = tmp_path / "s"
+    source.mkdir()
+    for name in "cab":
+        (source / f"{name}.txt").write_text(lines_of(name, 200))
+    (source / "notes.md").write_text("not this")
+    flags, data = dict(tokenizer="bytes"), str(tmp_path / "data")
+    two = f"{source}/b.txt,{source}/a.txt"
+    for name, given, order in (("list", two, "ba"), ("folder", str(source), "abc")):
+        folder = prepare_data.prepare("text", data, name=name, source=given, **flags)
+        whole = "\n".join(lines_of(name, 200) for name in order)
+        assert "".join(split(folder, part) for part in ("train", "val", "test")) == whole
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.txt").write_text(lines_of("x", 300))
+    with pytest.raises(SystemExit, match="has only train of train.txt and val.txt"):
+        prepare_data.prepare("text", data, name="own", source=str(own), **flags)
+    (own / "val.txt").write_text(lines_of("x", 40) + "\n" + lines_of("v", 40))
+    said = run("prepare_data.py", "--dataset=text", f"--source={own}", "--tokenizer=bytes", cwd=tmp_path)
+    assert "40 rows train: lines that stand in val or test, kept, as the split is yours" in said
+    assert "there is no test.txt: val stands for test too" in said
+    for part, name in (("train", "train"), ("val", "val"), ("test", "val")):
+        assert split(tmp_path / "data" / "text", part) == (own / f"{name}.txt").read_text()
+    (own / "test.txt").write_text(lines_of("t", 80))
+    folder = prepare_data.prepare("text", data, source=str(own), force=True, **flags)
+    assert split(folder, "test") == lines_of("t", 80) and prepare_data.load_meta(folder)["note"] == ""
+    (own / "test.txt").write_text(lines_of("u", 80))
+    with pytest.raises(SystemExit, match="another source"):
+        prepare_data.prepare("text", data, source=str(own), **flags)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="has no .*txt"):
+        prepare_data.prepare("text", data, name="new", source=f"{tmp_path}/empty", **flags)
+
+
 # -----------------------------------------------------------------------------
 # bench.py
 
