@@ -66,14 +66,14 @@ def check(ok, sentence):  # a mistake ends in one sentence that says what to cha
 
 def plain(text):
     """A row of text as models are trained on it and asked: one blank wherever there is any white space, be it
-    a tab, a no-break or an ideographic space, or a line separator; no byte order mark, no half of a pair."""
-    words = ("" if text is None else str(text)).replace("\ufeff", "").split()
-    return " ".join(words).encode("utf-8", "replace").decode("utf-8")
+    a tab, a no-break or an ideographic space, or a line separator; letters in their composed form; no byte
+    order mark and no half of a surrogate pair."""
+    text = unicodedata.normalize("NFC", "" if text is None else str(text))
+    return " ".join(text.replace("\ufeff", "").split()).encode("utf-8", "replace").decode("utf-8")
 
 def twin(text):
-    """What two rows have in common that a reader takes for one: not how their letters are composed, and no
-    marks without a width."""
-    return re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", unicodedata.normalize("NFC", text)).strip()
+    """What two rows that a reader takes for one have in common, whatever invisible marks are in them."""
+    return re.sub("[\u00ad\u200b-\u200f\u2060]", "", plain(text)).strip()
 
 def pieces(text):
     """Parts of at most 50,000 characters, as a BPE gives up on a longer run; cut where a line begins, if one
@@ -168,8 +168,8 @@ def first_gap(a, b):  # where two sides part: lengths of true pairs go together,
 def hub_rows(path):
     """The rows of a JSONL or Parquet file, each a dict."""
     if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as f:
-            yield from map(json.loads, f)
+        with open(path, encoding="utf-8-sig") as f:
+            yield from map(json.loads, filter(str.strip, f))
     else:
         for batch in need("pyarrow.parquet").ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
@@ -213,7 +213,8 @@ def hub(source, repo, patterns, get, revision=None):
 def hub_with_val(source, repo, get, seed, rows):  # a tenth of train becomes val: test chooses nothing
     files = {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}
     splits, _ = hub(source, repo, files, get)
-    pairs, k = splits["train"], len(splits["train"]) // 10
+    pairs = splits["train"]
+    k = max(1, len(pairs) // 10)
     order = np.random.default_rng(seed).permutation(len(pairs))
     splits["train"] = [pairs[i] for i in order[k:][:rows]]
     splits["val"] = [pairs[i] for i in order[:k]]
@@ -297,7 +298,7 @@ def tidy(splits):  # {split: pairs of plain text}, both there, and {what was lef
     full, skipped = {}, {}
     for split, pairs in splits.items():
         pairs = [tuple(map(plain, pair)) for pair in pairs]
-        full[split] = [pair for pair in pairs if all(pair)]
+        full[split] = [pair for pair in pairs if all(map(twin, pair))]
         skipped[f"{split}: one side empty"] = len(pairs) - len(full[split])
     return full, skipped
 
@@ -312,7 +313,8 @@ def own(splits, seed, held_out):
         first.setdefault(twin(source), (source, target))
     k = held_out or max(1, min(2000, len(first) // 10))
     check(k * len(missing) < len(first), f"{len(first)} different rows with text on both sides are too few "
-          f"to hold out {k} for each of {', '.join(missing)}")
+          f"to hold out {k} for each of {', '.join(missing)}: "
+          + ("lower --held_out" if held_out else "give more rows"))
     rows = list(first.values())
     order = np.random.default_rng(seed).permutation(len(rows))
     for n, split in enumerate(missing):
@@ -366,10 +368,14 @@ def write_labelled(out, spec, splits, block_size, skipped=(), **meta):
         full, of_rows = lengths > 0, len(labels[0]) == len(lengths)
         if not of_rows and len(labels[0]) != len(ids):
             raise ValueError(f"{split}: {len(labels[0])} labels for {len(lengths)} rows of {len(ids)} tokens")
+        check(full.any(), f"no row of {split} has any text")
         write_ragged(out, f"{split}.src", np.asarray(ids, tok.dtype), lengths[full])
         labels = [np.asarray(label, np.int32)[full if of_rows else ...] for label in labels]
         for name, label in zip(("label", "group"), labels):
             label.tofile(out / f"{split}.{name}.bin")
+        if of_rows:
+            fits = 0 <= labels[0].min() and labels[0].max() < len(meta["classes"])
+            check(fits, f"{split} has labels that are none of the {len(meta['classes'])} classes")
         asked = labels[0][labels[0] >= 0]
         if split == "train":
             most = np.bincount(asked).argmax()
@@ -492,7 +498,7 @@ def read_parts(source):
     """{split: text}, or train alone where nothing says what val is."""
     folder, paths = Path(source), source.split(",")
     if folder.is_dir():
-        paths = sorted(folder.glob("*.txt"))
+        paths = sorted(filter(Path.is_file, folder.glob("*.txt")))
         check(paths, f"{source} has no *.txt")
         parts = {path.stem: path for path in paths if path.stem in ("train", "val", "test")}
         if parts:
@@ -508,7 +514,7 @@ def cut_in_three(whole):
     for split, percent in (("train", 90), ("val", 95), ("test", 100)):
         end = len(whole) * percent // 100
         if split != "test":
-            end = whole.rfind("\n", max(0, end - 10_000), end) + 1 or end
+            end = whole.rfind("\n", max((start + end) // 2, end - 10_000), end) + 1 or end
         parts[split] = whole[start:end]
         start = end
     return parts
@@ -526,14 +532,14 @@ def text(out, source, tokenizer="gpt2", tokenizer_from=None):
     # a line of val or test leaves train; one of fewer than 20 characters, a name perhaps, may stand anywhere
     held = set()
     for split in ("val", "test"):
-        held.update(line for line in map(twin, parts[split].split("\n")) if len(line) >= 20)
-    lines = parts["train"].split("\n")
+        held.update(line for line in map(twin, parts[split].splitlines()) if len(line) >= 20)
+    lines = parts["train"].splitlines(keepends=True)
     kept = [line for line in lines if twin(line) not in held]
     twins, why = len(lines) - len(kept), "left out"
     if split_already:
         why = "kept, as the split is yours"
     else:
-        parts["train"] = "\n".join(kept)
+        parts["train"] = "".join(kept)
     stats, sizes = {}, {}
     for split in ("train", "val", "test"):
         part = parts[split]
@@ -565,6 +571,7 @@ def write_texts(out, spec, splits, block_size, classes, min_len=0, skipped=()):
     """From {split: [(text, label)]} to files, without the texts of fewer than min_len tokens."""
     tok, skipped, known, longest = Tokenizer(spec), dict(skipped), {}, 0
     for split, pairs in splits.items():
+        check(pairs, f"there is no row for {split}")
         texts, labels = zip(*pairs)
         texts = [plain(text) for text in texts]
         ids, lengths = tok.encode_rows(texts, split)
@@ -582,29 +589,50 @@ def write_texts(out, spec, splits, block_size, classes, min_len=0, skipped=()):
         meta["splits"][split]["trivial"]["TF-IDF + logistic regression"] = accuracy
     return meta
 
-def read_table(path, *columns):
-    """Columns of a CSV, TSV or JSONL file, a list a row; which of these it is shows in its first line."""
-    lines, rows = read_text(path, empty=False).split("\n"), []
-    head, is_json = lines[0], lines[0].startswith("{")
+def json_rows(whole):
+    for line in filter(str.strip, whole.split("\n")):
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN is no label
+        for key, value in row.items():
+            if isinstance(value, float) and value.is_integer():
+                row[key] = int(value)  # the label 1.0 is the label 1
+        yield row
+
+def csv_rows(path, whole, columns):
+    lines = [line for line in whole.split("\n") if line.strip()]
+    head = lines[0]
     delimiter = max(",;\t", key=head.count)
     quoting = csv.QUOTE_MINIMAL
-    if '"' not in head and all(line.count("\t") == head.count("\t") > 0 for line in lines if line.strip()):
+    if '"' not in head and all(line.count("\t") == head.count("\t") > 0 for line in lines):
         quoting = csv.QUOTE_NONE  # in a TSV whose lines are its rows a quotation mark is one of the text's
     csv.field_size_limit(2**31 - 1)
-    source = io.StringIO("\n".join(lines), newline="")
-    records = csv.DictReader(source, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
-    if is_json:
-        records = map(json.loads, filter(str.strip, lines))
+    rows = csv.DictReader(io.StringIO(whole, newline=""), delimiter=delimiter, quoting=quoting,
+                          skipinitialspace=True, strict=True)
+    rows.fieldnames = [name.strip() for name in rows.fieldnames]
+    for column in columns:
+        check(rows.fieldnames.count(column) < 2, f"{path} has several columns {column}: rename all but one")
+    for i, row in enumerate(rows, 1):
+        fits = None not in row and None not in row.values()
+        check(fits, f"{path}: row {i} has more or fewer fields than the first line names")
+        yield row
+
+def read_table(path, *columns):
+    """Columns of a JSONL, CSV or TSV file, a list a row; which of these it is shows in its first line."""
+    whole = read_text(path, empty=False).lstrip("\r\n")
+    head = whole.split("\n")[0].strip()
+    check(head != "[" and not head.startswith("[{"), f"{path} is one JSON list: write a row a line instead, "
+          "as JSONL has them")
+    records = json_rows(whole) if head.startswith("{") else csv_rows(path, whole, columns)
+    rows = []
     try:
         for row in records:
             rows.append([row.get(column) for column in columns])
-            fits = is_json or None not in row and None not in row.values()
-            check(fits, f"{path}: row {len(rows)} has more or fewer fields than the first line names")
-    except (ValueError, AttributeError, csv.Error) as e:
+            nested = any(isinstance(value, (list, dict)) for value in rows[-1])
+            check(not nested, f"{path}: row {len(rows)} has a list in {' or '.join(columns)}: make it text")
+    except (ValueError, AttributeError, RecursionError, csv.Error) as e:
         raise SystemExit(f"{path}: row {len(rows) + 1} cannot be read ({e})")
     for i, column in enumerate(columns):
-        check(any(row[i] is not None for row in rows), f"{path} has no {column} in its rows, the first line "
-              f"is {head[:100].strip()}: name the columns with --text= and --label=")
+        check(any(plain(row[i]) for row in rows), f"{path} has no {column} in its rows, the first line is "
+              f"{head[:100]}: name the columns with --text= and --label=")
     return rows
 
 def table(out, source, text="text", label="label", tokenizer="bytes", tokenizer_from=None, seed=1337,
@@ -628,9 +656,12 @@ def table(out, source, text="text", label="label", tokenizer="bytes", tokenizer_
     return {**write_texts(out, spec, splits, 1024, classes, skipped=skipped),
             "note": f"train has no row of the labels {never}" if never else ""}
 
+def labelled(row):
+    return row["text"], int(row["label"])
+
 def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes", tokenizer_from=None):
     """IMDB reviews as bytes or GPT-2's BPE, negative or positive."""
-    splits = hub_with_val(source, "stanfordnlp/imdb", lambda row: (row["text"], row["label"]), seed, rows)
+    splits = hub_with_val(source, "stanfordnlp/imdb", labelled, seed, rows)
     spec = tokenizer_from or {"kind": tokenizer}
     return write_texts(out, spec, splits, 1024, ["negative", "positive"])
 
@@ -639,8 +670,7 @@ def arxiv(out, source=None, rows=None, tokenizer="gpt2", tokenizer_from=None, mi
     others spell the class in the text. --min_len keeps the longest documents only (WERSA's ArXiv-128k)."""
     places = "no_ref/S/*.parquet|no_ref/S*.parquet|default/S/*.parquet|*/S*.parquet|S*.parquet"
     files = {split: places.replace("S", stem) for split, stem in STEMS.items()}
-    splits, names = hub(source, "ccdv/arxiv-classification", files, lambda row: (row["text"], row["label"]),
-                        "refs/convert/parquet")
+    splits, names = hub(source, "ccdv/arxiv-classification", files, labelled, "refs/convert/parquet")
     splits["train"] = splits["train"][:rows]
     if not names:
         most = max(label for pairs in splits.values() for _, label in pairs)
@@ -652,7 +682,7 @@ def cifar10(out, source=None, seed=1337, rows=None):
     image = need("PIL.Image")
     def get(row):
         picture = image.open(io.BytesIO(row["img"]["bytes"]))
-        return np.asarray(picture.convert("L").resize((32, 32)), np.uint8), row["label"]
+        return np.asarray(picture.convert("L").resize((32, 32)), np.uint8), int(row["label"])
     splits = hub_with_val(source, "uoft-cs/cifar10", get, seed, rows)
     for split, pairs in splits.items():
         images, labels = zip(*pairs)
@@ -963,13 +993,14 @@ def read_ragged(folder, stem, dtype, vocab_size=2**32):
 def fingerprint(source):
     """sha256 over the source files, so that an edited file counts as another source."""
     digest = hashlib.sha256()
-    for path in map(Path, source.split(",")):
-        check(path.exists(), f"--source: there is no {path}")
+    for name in source.split(","):
+        path = Path(name)
+        check(name and path.exists(), f"--source: there is no {name or 'file without a name'}")
         files = [path]
         if path.is_dir():
             files = []
             for pattern in ("*.txt", "*.jsonl", "*/*.parquet", "*/*/*.parquet"):
-                files += sorted(path.glob(pattern))
+                files += sorted(filter(Path.is_file, path.glob(pattern)))
         for file in files:
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -2379,6 +2379,102 @@ def test_text_of_several_files(tmp_path):
         prepare_data.prepare("text", data, name="new", source=f"{tmp_path}/empty", **flags)
 
 
+def test_strange_tables(tmp_path):
+    # catches: a traceback of the json module, one label that becomes two, a column that hides another
+    ends = "ab"
+    plain_rows = [(f"row {i}", ends[i % 2]) for i in range(60)]
+
+    def rows_like(**odd):
+        return "\n".join(json.dumps(dict(dict(text=text, label=label), **odd)) for text, label in plain_rows)
+
+    def csv_like(rows, head="text,label", end="\n"):
+        return end.join([head, *(f"{text},{label}" for text, label in rows)]) + end
+    composed = [(text, ("\u00e9", "e\u0301", "b")[i % 3]) for i, (text, _) in enumerate(plain_rows)]
+    blank = [(text, (" a", "a\u00a0", "b", "\ufeffb")[i % 4]) for i, (text, _) in enumerate(plain_rows)]
+    breaks = [(f'"{text}\nand ""more"""', label) for text, label in plain_rows]
+    numbers = [json.dumps(dict(text=i, label=(1, 1.0, "1", 2)[i % 4])) for i in range(60)]
+    surrogates = rows_like().replace("row", "row \\ud800")
+    used = (
+        (csv_like(plain_rows, end="\r\n"), "a b"), (csv_like(plain_rows, end="\r"), "a b"),
+        (csv_like(breaks), "a b"), (csv_like(blank), "a b"), (csv_like(composed), "b \u00e9"),
+        (csv_like(plain_rows, head=" text , label "), "a b"),
+        ("\n\n" + csv_like(plain_rows, end="\n\n"), "a b"),
+        ("\n".join(numbers), "1 2"), ("\n\n" + rows_like(), "a b"), (surrogates, "a b"),
+        (csv_like(plain_rows).replace("row", "row \0"), "a b"))
+    for content, classes in used:
+        (tmp_path / "t").write_bytes(content.encode("utf-8"))
+        folder = prepare_data.prepare("table", str(tmp_path / "data"), source=str(tmp_path / "t"), force=True)
+        meta = prepare_data.load_meta(folder)
+        assert meta["classes"] == classes.split() and meta["splits"]["train"]["rows"] == 48, content[:80]
+    refused = (
+        (csv_like(plain_rows, head="text,label,text").replace(",a", ",a,c").replace(",b", ",b,c"), "several"),
+        (csv_like([("", label) for _, label in plain_rows]), "no text in its rows"),
+        (rows_like(label=math.nan), "no label in its rows"), (rows_like(text=["a", "b"]), "has a list"),
+        ("[" + rows_like().replace("\n", ",") + "]", "one JSON list"),
+        (rows_like() + "\n" + "[" * 100_000, "row 61 cannot be read"))
+    for content, words in refused:
+        (tmp_path / "t").write_bytes(content.encode("utf-8"))
+        with pytest.raises(SystemExit, match=words):
+            prepare_data.prepare("table", str(tmp_path / "new"), source=str(tmp_path / "t"))
+    nameless = "no file without a name"
+    for source, words in ((f"{tmp_path}/t,", nameless), ("", nameless), (str(tmp_path), "directory")):
+        with pytest.raises(SystemExit, match=words):
+            prepare_data.prepare("table", str(tmp_path / "new"), source=source)
+    (tmp_path / "t").write_text(csv_like(plain_rows))
+    with pytest.raises(SystemExit, match="lower --held_out"):
+        prepare_data.prepare("table", str(tmp_path / "new"), source=str(tmp_path / "t"), held_out=1000)
+
+
+def test_twins_that_look_alike(tmp_path):
+    # catches: a row of test that train has with another blank, another accent, an invisible mark
+    alike = [("caf\u00e9 {}", "cafe\u0301 {}"), ("a cafe {}", " a\u00a0 cafe\t{}\u3000"),
+             ("cafe {}", "ca\u200bfe\u00ad {}")]
+    for n, pair in enumerate(alike):
+        rows = [form.format(i) for form in pair for i in range(100)]
+        (tmp_path / "a").write_text("\n".join(rows), encoding="utf-8")
+        (tmp_path / "b").write_text("\n".join(f"Satz {i}" for i in range(200)))
+        folder = prepare_data.prepare("parallel", str(tmp_path / str(n)), source=f"{tmp_path}/a,{tmp_path}/b")
+        meta = prepare_data.load_meta(folder)
+        assert [meta["splits"][split]["rows"] for split in ("train", "val", "test")] == [160, 10, 10]
+        assert meta["skipped"] == {"train: same source as a row of val or test, left out": 20}
+    lines = [f"this is a line of text, the {i}th" for i in range(2000)]
+    for n, change in enumerate((("\n", "\r\n"), ("\n", "\u2028"), (" ", "\u00a0"), ("this", "\ufeffthis"))):
+        twins = "\n".join(lines[:300] + [" " * 30]).replace(*change)
+        (tmp_path / "t").write_bytes(("\n\n".join(lines) + "\n" + twins).encode("utf-8"))
+        flags = dict(source=f"{tmp_path}/t", tokenizer="bytes")
+        meta = prepare_data.load_meta(prepare_data.prepare("text", str(tmp_path / f"text{n}"), **flags))
+        left_out = meta["skipped"]["train: lines that stand in val or test, left out"]
+        assert 200 < left_out <= 300  # and the empty lines stay
+    row = "\ufeffx\ud800\u0065\u0301\u00a0\u2028y"
+    assert prepare_data.plain(row) == "x?\u00e9 y" == prepare_data.plain(prepare_data.plain(row))
+
+
+def test_strange_rows_in_the_hubs_layout(tmp_path):
+    # catches: a traceback for a label that is none, a blank last line, a train split too short for a tenth
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "plain_text").mkdir()
+
+    def imdb(texts, labels):
+        for split in ("train", "test"):
+            path = tmp_path / "plain_text" / f"{split}-0.parquet"
+            pq.write_table(pa.table({"text": texts, "label": labels}), path)
+        return prepare_data.prepare("imdb", str(tmp_path / "data"), source=str(tmp_path), force=True)
+    for labels, words in (([0, 7], "none of the 2 classes"), ([0, -1], "none of the 2 classes"),
+                          (["x", "y"], "lack a field"), ([0, None], "lack a field")):
+        with pytest.raises(SystemExit, match=words):
+            imdb(["a"] * 20, labels * 10)
+    with pytest.raises(SystemExit, match="no row of train has any text"):
+        imdb([""] * 20, [0, 1] * 10)
+    with pytest.raises(SystemExit, match="no row for train"):
+        imdb(["a"], [0])
+    assert prepare_data.load_meta(imdb(["a"] * 5, [0, 1, 0, 1, 0]))["splits"]["val"]["rows"] == 1
+    for split in ("train", "val", "test"):
+        rows = "\n".join(json.dumps(dict(en=f"a {i}", de=f"b {i}")) for i in range(20))
+        (tmp_path / f"{split}.jsonl").write_text("\ufeff" + rows + "\n\n", encoding="utf-8")
+    folder = prepare_data.prepare("multi30k", str(tmp_path / "data"), source=str(tmp_path), vocab_size=270)
+    assert prepare_data.load_meta(folder)["splits"]["train"]["rows"] == 20
+
+
 # -----------------------------------------------------------------------------
 # bench.py
 
