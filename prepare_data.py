@@ -21,7 +21,6 @@ import base64
 import contextlib
 import csv
 import difflib
-import glob
 import hashlib
 import importlib
 import inspect
@@ -29,15 +28,16 @@ import io
 import json
 import os
 import platform
+import random
 import re
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -62,22 +62,18 @@ def check(ok, sentence):  # a mistake ends in one sentence that says what to cha
     if not ok:
         raise SystemExit(sentence)
 
-def within(seconds, call):  # its result, or None if it fails or hangs: silent firewalls outlast timeouts
-    result = []
-    def work():
-        with contextlib.suppress(Exception):
-            result.append(call())
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return result[0] if result else None
-
 # ---- tokenizers ----
 
 def plain(text):
     """A row of text as models are trained on it and asked: one blank wherever there is any white space, be it
-    a tab, a no-break or an ideographic space, or a line separator."""
-    return " ".join(("" if text is None else str(text)).split())
+    a tab, a no-break or an ideographic space, or a line separator; letters in their composed form; no byte
+    order mark and no half of a surrogate pair."""
+    text = unicodedata.normalize("NFC", "" if text is None else str(text))
+    return " ".join(text.replace("\ufeff", "").split()).encode("utf-8", "replace").decode("utf-8")
+
+def twin(text):
+    """What two rows that a reader takes for one have in common, whatever invisible marks are in them."""
+    return re.sub("[\u00ad\u200b-\u200f\u2060]", "", plain(text)).strip()
 
 def pieces(text):
     """Parts of at most 50,000 characters, as a BPE gives up on a longer run; cut where a line begins, if one
@@ -86,6 +82,19 @@ def pieces(text):
         return [text]
     return re.findall(r"(?s).{1,50000}(?<=[^\n]\n)(?=\S)|.{1,50000}", text)
 
+def gpt2():
+    """GPT-2's BPE, asked for in a thread that is given up: a silent firewall would hold it for ever."""
+    found, tiktoken = [], need("tiktoken")
+    def work():
+        with contextlib.suppress(Exception):
+            found.append(tiktoken.get_encoding("gpt2"))
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    check(found, "GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a folder that holds them, "
+          "or prepare with --tokenizer=bytes")
+    return found[0]
+
 class Tokenizer:
     """Text to ids and back, made from the plain dict that meta.json and every checkpoint carry."""
 
@@ -93,10 +102,7 @@ class Tokenizer:
         self.spec, kind = spec, str(spec["kind"])
         self.words, self.bpe = spec.get("words"), None  # neither: bytes, or the grey values of pixels
         if kind == "gpt2":
-            tiktoken = need("tiktoken")
-            self.bpe = within(20, lambda: tiktoken.get_encoding("gpt2"))
-            check(self.bpe is not None, "GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a "
-                  "folder that holds them, or prepare with --tokenizer=bytes")
+            self.bpe = gpt2()
         elif kind == "bpe":
             ranks = {base64.b64decode(word): rank for rank, word in enumerate(spec["ranks"])}
             encoding = need("tiktoken").Encoding
@@ -159,47 +165,60 @@ def first_gap(a, b):  # where two sides part: lengths of true pairs go together,
     by_chance = np.abs(x - np.random.default_rng(0).permutation(y) - shift).mean()
     return int(np.argmax(np.cumsum(np.r_[0, 0.75 * by_chance - np.abs(x - y - shift)])))
 
+def hub_rows(path):
+    """The rows of a JSONL or Parquet file, each a dict."""
+    if path.suffix == ".jsonl":
+        with open(path, encoding="utf-8-sig") as f:
+            yield from map(json.loads, filter(str.strip, f))
+    else:
+        for batch in need("pyarrow.parquet").ParquetFile(path).iter_batches(1000):
+            yield from batch.to_pylist()
+
+def class_names(path):
+    """What the hub has written into a Parquet file about its column label, or None."""
+    if path.suffix == ".parquet":
+        about = need("pyarrow.parquet").read_schema(path).metadata or {}
+        features = json.loads(about.get(b"huggingface", "{}")).get("info", {}).get("features", {})
+        return features.get("label", {}).get("names")
+
 def hub(source, repo, patterns, get, revision=None):
-    """{split: list of get(row)} from a folder in the hub's layout, or from the hub, or from its cache when
-    offline; and the names of the classes, if any. Of patterns joined by | the first that matches counts."""
+    """{split: list of get(row)} from a folder in the hub's layout or from the hub, and the names of the
+    classes, if any. Of patterns joined by | the first that matches counts."""
     if source is None:
-        requests, endpoint = need("requests"), need("huggingface_hub.constants").ENDPOINT
-        offline = within(4, lambda: [requests.head(endpoint, timeout=3)]) is None
-        fetch = need("huggingface_hub").snapshot_download
-        try:
-            source = fetch(repo, repo_type="dataset", revision=revision, local_files_only=offline,
-                           allow_patterns="|".join(patterns.values()).split("|"))
+        try:  # without a network this takes what an earlier call has fetched
+            wanted = "|".join(patterns.values()).split("|")
+            source = need("huggingface_hub").snapshot_download(repo, repo_type="dataset", revision=revision,
+                                                               allow_patterns=wanted)
         except Exception as e:
-            why = "no network" if offline else " ".join(str(e).split())[:150]
+            why = " ".join(str(e).split())[:150]
             raise SystemExit(f"{repo} cannot be fetched from the hub ({why}): name a local copy with "
                              "--source=DIR")
-    files = {}
+    splits, names = {}, None
     for split, pattern in patterns.items():
-        names = pattern.split("|")
-        found = [sorted(glob.glob(f"{glob.escape(source)}/{name}")) for name in names]
-        files[split] = next(filter(None, found), None)
-        check(files[split], f"{source} has no {names[0]}: --source must be a copy of {repo} in the hub's own "
-              "layout")
-    kind = "json" if files["train"][0].endswith(".jsonl") else "parquet"
-    with tempfile.TemporaryDirectory() as cache:  # for this call alone: cached rows silently come back old
-        try:
-            rows = need("datasets").load_dataset(kind, data_files=files, cache_dir=cache)
-            names = getattr(rows["train"].features.get("label"), "names", None)
-            for split in files:
-                files[split] = [get(row) for row in tqdm(rows[split], f"read {split}", leave=False)]
-        except Exception as e:
-            why = type(e).__name__ + ": " + " ".join(str(e.__cause__ or e).split())[:150]
-            raise SystemExit(f"{source}: its {kind} rows cannot be read or lack a field ({why})")
-    return files, names
+        found = []
+        for name in pattern.split("|"):
+            found = found or sorted(Path(source).glob(name))
+        check(found, f"{source} has no {pattern.split('|')[0]}: --source must be a copy of {repo} in the "
+              "hub's own layout")
+        splits[split] = []
+        for path in tqdm(found, f"read {split}", unit="file", leave=False):
+            try:
+                splits[split].extend(map(get, hub_rows(path)))
+                names = names or class_names(path)
+            except Exception as e:
+                why = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+                raise SystemExit(f"{path}: its rows cannot be read or lack a field ({why})")
+    return splits, names
 
 def hub_with_val(source, repo, get, seed, rows):  # a tenth of train becomes val: test chooses nothing
     files = {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}
-    splits, names = hub(source, repo, files, get)
-    pairs, k = splits["train"], len(splits["train"]) // 10
+    splits, _ = hub(source, repo, files, get)
+    pairs = splits["train"]
+    k = max(1, len(pairs) // 10)
     order = np.random.default_rng(seed).permutation(len(pairs))
     splits["train"] = [pairs[i] for i in order[k:][:rows]]
     splits["val"] = [pairs[i] for i in order[:k]]
-    return splits, names
+    return splits
 
 # ---- writing ----
 @contextlib.contextmanager
@@ -279,7 +298,7 @@ def tidy(splits):  # {split: pairs of plain text}, both there, and {what was lef
     full, skipped = {}, {}
     for split, pairs in splits.items():
         pairs = [tuple(map(plain, pair)) for pair in pairs]
-        full[split] = [pair for pair in pairs if all(pair)]
+        full[split] = [pair for pair in pairs if all(map(twin, pair))]
         skipped[f"{split}: one side empty"] = len(pairs) - len(full[split])
     return full, skipped
 
@@ -288,36 +307,39 @@ def own(splits, seed, held_out):
     in them is trained on nowhere, as its source leaves train with all its twins."""
     splits, skipped = tidy(splits)
     missing = [split for split in ("test", "val") if split not in splits]
-    first = {}  # of the rows with the same source
-    for i, (source, _) in enumerate(splits["train"]):
-        first.setdefault(source, i)
-    k = held_out or max(1, min(2000, len(first) // 10))
     check(missing or not held_out, "--held_out is for what is drawn from train: leave it out")
+    first = {}  # of the rows with the same source
+    for source, target in splits["train"]:
+        first.setdefault(twin(source), (source, target))
+    k = held_out or max(1, min(2000, len(first) // 10))
     check(k * len(missing) < len(first), f"{len(first)} different rows with text on both sides are too few "
-          f"to hold out {k} for each of {', '.join(missing)}")
-    order = np.random.default_rng(seed).permutation(list(first.values()))[:k * len(missing)]
+          f"to hold out {k} for each of {', '.join(missing)}: "
+          + ("lower --held_out" if held_out else "give more rows"))
+    rows = list(first.values())
+    order = np.random.default_rng(seed).permutation(len(rows))
     for n, split in enumerate(missing):
-        splits[split] = [splits["train"][i] for i in order[n * k:(n + 1) * k]]
-    drawn, known = set(order), set()
-    splits["train"] = [row for i, row in enumerate(splits["train"]) if i not in drawn]
+        splits[split] = [rows[i] for i in order[n * k:(n + 1) * k]]
+    known = set()
     for split in ("test", "val", "train"):
-        kept = [row for row in splits[split] if row[0] not in known]
-        reason = f"{split}: same source as a row of val or test, left out"
-        skipped[reason] = len(splits[split]) - len(kept)
+        kept = [row for row in splits[split] if twin(row[0]) not in known]
         check(kept, f"no row is left for {split}, whose sources all stand in val or test")
+        twins = len(splits[split]) - len(kept)
+        if split == "train":
+            twins -= k * len(missing)  # those moved
+        skipped[f"{split}: same source as a row of val or test, left out"] = twins
+        known.update(twin(source) for source, _ in kept)
         splits[split] = kept
-        known.update(source for source, _ in kept)
     return {split: splits[split] for split in ("train", "val", "test")}, skipped  # as files are written
 
-def write_encdec(out, metric, splits, skipped, vocab_size=None, rows=None, cap=256):
-    """From {split: tidy pairs} to files of BPE tokens, or without vocab_size of bytes. Train rows longer than
-    cap are dropped, others left to the loader."""
+def write_encdec(out, metric, splits, skipped, vocab_size, rows=None, spec=None, cap=256):
+    """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size. Train rows longer
+    than cap are dropped, others left to the loader."""
     splits["train"], stats = splits["train"][:rows], {}
     for split, pairs in splits.items():
         check(pairs, f"too few rows with text on both sides: none is left for {split}")
         splits[split] = list(zip(*pairs))
     bleu = bleu_tokenizer(splits["train"][1])
-    tok = Tokenizer(train_bpe(splits["train"], vocab_size) if vocab_size else {"kind": "bytes"})
+    tok = Tokenizer(spec or train_bpe(splits["train"], vocab_size))
     for split, sides in splits.items():
         encoded = [tok.encode_rows(texts, f"{split}.{side}") for texts, side in zip(sides, ("src", "tgt"))]
         keep = np.maximum(encoded[0][1], encoded[1][1]) < cap
@@ -346,10 +368,14 @@ def write_labelled(out, spec, splits, block_size, skipped=(), **meta):
         full, of_rows = lengths > 0, len(labels[0]) == len(lengths)
         if not of_rows and len(labels[0]) != len(ids):
             raise ValueError(f"{split}: {len(labels[0])} labels for {len(lengths)} rows of {len(ids)} tokens")
+        check(full.any(), f"no row of {split} has any text")
         write_ragged(out, f"{split}.src", np.asarray(ids, tok.dtype), lengths[full])
         labels = [np.asarray(label, np.int32)[full if of_rows else ...] for label in labels]
         for name, label in zip(("label", "group"), labels):
             label.tofile(out / f"{split}.{name}.bin")
+        if of_rows:
+            fits = 0 <= labels[0].min() and labels[0].max() < len(meta["classes"])
+            check(fits, f"{split} has labels that are none of the {len(meta['classes'])} classes")
         asked = labels[0][labels[0] >= 0]
         if split == "train":
             most = np.bincount(asked).argmax()
@@ -433,25 +459,25 @@ def numbers(out, seed=1337, rows=100_000):
     splits = {"train": train, "val": val, "test": test, "long": far}
     for split, values in splits.items():
         splits[split] = [(en(n), de(n)) for n in map(int, values)]
-    return {**write_encdec(out, "exact", *tidy(splits), cap=np.inf),
+    return {**write_encdec(out, "exact", *tidy(splits), None, spec={"kind": "bytes"}, cap=np.inf),
             "note": "split long: 500 numbers of 7 to 9 digits, beyond the trained range"}
 
 STEMS = {"train": "train", "val": "validation", "test": "test"}  # what the hub calls them
 
 # 4,000: in 29,000 captions a rarer token is not learned, and its table would outweigh a small model
-def multi30k(out, source=None, vocab_size=4000, rows=None):
+def multi30k(out, source=None, vocab_size=4000, rows=None, tokenizer_from=None):
     """Multi30k image captions, English to German; test is test_2016_flickr, raw and cased."""
     files = {split: f"{split}.jsonl" for split in ("train", "val", "test")}
     splits, _ = hub(source, "bentrevett/multi30k", files, lambda row: (row["en"], row["de"]))
-    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows)
+    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows, tokenizer_from)
 
-def wmt16(out, source=None, vocab_size=16_000, rows=None):
+def wmt16(out, source=None, vocab_size=16_000, rows=None, tokenizer_from=None):
     """WMT16, English to German."""
     files = {split: f"de-en/{stem}-*.parquet" for split, stem in STEMS.items()}
     splits, _ = hub(source, "wmt/wmt16", files, lambda row: [row["translation"][x] for x in ("en", "de")])
-    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows)
+    return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows, tokenizer_from)
 
-def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None):
+def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None, tokenizer_from=None):
     """Your own two files whose lines belong together; the first is translated into the second."""
     paths, splits = source.split(","), {}
     check(len(paths) in (2, 6), f"--source names {len(paths)} file(s): give train.en,train.de or these, "
@@ -466,28 +492,60 @@ def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None):
     splits, skipped = own(splits, seed, held_out)
     letters = sum(len(text) for pair in splits["train"][:rows] for text in pair)
     vocab_size = vocab_size or min(8000, 259 + letters // 1000)  # more are not learned
-    return write_encdec(out, "bleu", splits, skipped, vocab_size, rows)
+    return write_encdec(out, "bleu", splits, skipped, vocab_size, rows, tokenizer_from)
 
-def text(out, source, tokenizer="gpt2"):
-    """Any plain text, for a decoder: 90 % train, 5 % val, 5 % test, in its order, cut at line breaks."""
-    whole, tok = read_text(source, empty=False), Tokenizer({"kind": tokenizer})
-    start, parts, stats, sizes = 0, {}, {}, {}
+def read_parts(source):
+    """{split: text}, or train alone where nothing says what val is."""
+    folder, paths = Path(source), source.split(",")
+    if folder.is_dir():
+        paths = sorted(filter(Path.is_file, folder.glob("*.txt")))
+        check(paths, f"{source} has no *.txt")
+        parts = {path.stem: path for path in paths if path.stem in ("train", "val", "test")}
+        if parts:
+            check("train" in parts and "val" in parts, f"{source} has only {', '.join(parts)} of train.txt "
+                  "and val.txt, which a folder that is split already needs")
+            return {split: read_text(path, empty=False) for split, path in parts.items()}
+    whole = "\n".join(map(read_text, paths))
+    check(whole.strip(), f"{source} is empty")
+    return {"train": whole}
+
+def cut_in_three(whole):
+    start, parts = 0, {}
     for split, percent in (("train", 90), ("val", 95), ("test", 100)):
         end = len(whole) * percent // 100
         if split != "test":
-            end = whole.rfind("\n", max(0, end - 10_000), end) + 1 or end
+            end = whole.rfind("\n", max((start + end) // 2, end - 10_000), end) + 1 or end
         parts[split] = whole[start:end]
         start = end
+    return parts
+
+def text(out, source, tokenizer="gpt2", tokenizer_from=None):
+    """Any plain text, for a decoder: a file, files joined by commas, or a folder of *.txt; 90 % train, 5 %
+    val, 5 % test, in its order, cut at line breaks. A folder with train.txt and val.txt is split already."""
+    parts, tok, note = read_parts(source), Tokenizer(tokenizer_from or {"kind": tokenizer}), ""
+    split_already = "val" in parts
+    if not split_already:
+        parts = cut_in_three(parts["train"])
+    elif "test" not in parts:
+        parts["test"] = parts["val"]
+        note = "there is no test.txt: val stands for test too"
     # a line of val or test leaves train; one of fewer than 20 characters, a name perhaps, may stand anywhere
-    held = {line for split in ("val", "test") for line in parts[split].split("\n") if len(line) >= 20}
-    lines = parts["train"].split("\n")
-    kept = [line for line in lines if line not in held]
-    parts["train"] = "\n".join(kept)
-    skipped = {"train: lines that stand in val or test, left out": len(lines) - len(kept)}
-    for split, part in parts.items():
+    held = set()
+    for split in ("val", "test"):
+        held.update(line for line in map(twin, parts[split].splitlines()) if len(line) >= 20)
+    lines = parts["train"].splitlines(keepends=True)
+    kept = [line for line in lines if twin(line) not in held]
+    twins, why = len(lines) - len(kept), "left out"
+    if split_already:
+        why = "kept, as the split is yours"
+    else:
+        parts["train"] = "".join(kept)
+    stats, sizes = {}, {}
+    for split in ("train", "val", "test"):
+        part = parts[split]
         ids, _ = tok.encode_rows(pieces(part), split)
         check(len(ids) > 256, f"{source} is too short: its {split} split has {len(ids)} tokens and needs 257 "
-              f"after {len(lines) - len(kept)} lines of train that stand in val or test were left out")
+              f"({twins} lines of train stand in val or test, {why})")
         ids.tofile(out / f"{split}.bin")
         if split == "train":
             seen = np.bincount(ids, minlength=tok.vocab_size)[N_SPECIAL:] + 1
@@ -495,7 +553,8 @@ def text(out, source, tokenizer="gpt2"):
         sizes[split] = len(part.encode("utf-8"))
         stats[split] = {"rows": 1, "tokens": len(ids), "longest": len(ids),
                         "trivial": {"token frequencies": float(bits.sum() / sizes[split])}}
-    return {**describe("decoder", "bpb", tok, 256, stats, skipped), "bytes": sizes}
+    skipped = {f"train: lines that stand in val or test, {why}": twins}
+    return {**describe("decoder", "bpb", tok, 256, stats, skipped), "bytes": sizes, "note": note}
 
 def bag_of_words(splits):
     """TF-IDF + logistic regression, from {split: (texts, labels)} to {split: accuracy}."""
@@ -508,10 +567,11 @@ def bag_of_words(splits):
     except (ImportError, ValueError):  # not installed; no words, or one class only
         return {}
 
-def write_texts(out, tokenizer, splits, block_size, classes, min_len=0, skipped=()):
+def write_texts(out, spec, splits, block_size, classes, min_len=0, skipped=()):
     """From {split: [(text, label)]} to files, without the texts of fewer than min_len tokens."""
-    tok, skipped, known, longest = Tokenizer({"kind": tokenizer}), dict(skipped), {}, 0
+    tok, skipped, known, longest = Tokenizer(spec), dict(skipped), {}, 0
     for split, pairs in splits.items():
+        check(pairs, f"there is no row for {split}")
         texts, labels = zip(*pairs)
         texts = [plain(text) for text in texts]
         ids, lengths = tok.encode_rows(texts, split)
@@ -529,32 +589,54 @@ def write_texts(out, tokenizer, splits, block_size, classes, min_len=0, skipped=
         meta["splits"][split]["trivial"]["TF-IDF + logistic regression"] = accuracy
     return meta
 
-def read_table(path, *columns):
-    """Columns of a CSV, TSV or JSONL file, a list a row; which of these it is shows in its first line."""
-    lines, rows = read_text(path, empty=False).split("\n"), []
-    head, is_json = lines[0], lines[0].startswith("{")
+def json_rows(whole):
+    for line in filter(str.strip, whole.split("\n")):
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN is no label
+        for key, value in row.items():
+            if isinstance(value, float) and value.is_integer():
+                row[key] = int(value)  # the label 1.0 is the label 1
+        yield row
+
+def csv_rows(path, whole, columns):
+    lines = [line for line in whole.split("\n") if line.strip()]
+    head = lines[0]
     delimiter = max(",;\t", key=head.count)
     quoting = csv.QUOTE_MINIMAL
-    if '"' not in head and all(line.count("\t") == head.count("\t") > 0 for line in lines if line.strip()):
+    if '"' not in head and all(line.count("\t") == head.count("\t") > 0 for line in lines):
         quoting = csv.QUOTE_NONE  # in a TSV whose lines are its rows a quotation mark is one of the text's
     csv.field_size_limit(2**31 - 1)
-    source = io.StringIO("\n".join(lines), newline="")
-    records = csv.DictReader(source, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
-    if is_json:
-        records = map(json.loads, filter(str.strip, lines))
+    rows = csv.DictReader(io.StringIO(whole, newline=""), delimiter=delimiter, quoting=quoting,
+                          skipinitialspace=True, strict=True)
+    rows.fieldnames = [name.strip() for name in rows.fieldnames]
+    for column in columns:
+        check(rows.fieldnames.count(column) < 2, f"{path} has several columns {column}: rename all but one")
+    for i, row in enumerate(rows, 1):
+        fits = None not in row and None not in row.values()
+        check(fits, f"{path}: row {i} has more or fewer fields than the first line names")
+        yield row
+
+def read_table(path, *columns):
+    """Columns of a JSONL, CSV or TSV file, a list a row; which of these it is shows in its first line."""
+    whole = read_text(path, empty=False).lstrip("\r\n")
+    head = whole.split("\n")[0].strip()
+    check(head != "[" and not head.startswith("[{"), f"{path} is one JSON list: write a row a line instead, "
+          "as JSONL has them")
+    records = json_rows(whole) if head.startswith("{") else csv_rows(path, whole, columns)
+    rows = []
     try:
         for row in records:
             rows.append([row.get(column) for column in columns])
-            fits = is_json or None not in row and None not in row.values()
-            check(fits, f"{path}: row {len(rows)} has more or fewer fields than the first line names")
-    except (ValueError, AttributeError, csv.Error) as e:
+            nested = any(isinstance(value, (list, dict)) for value in rows[-1])
+            check(not nested, f"{path}: row {len(rows)} has a list in {' or '.join(columns)}: make it text")
+    except (ValueError, AttributeError, RecursionError, csv.Error) as e:
         raise SystemExit(f"{path}: row {len(rows) + 1} cannot be read ({e})")
     for i, column in enumerate(columns):
-        check(any(row[i] is not None for row in rows), f"{path} has no {column} in its rows, the first line "
-              f"is {head[:100].strip()}: name the columns with --text= and --label=")
+        check(any(plain(row[i]) for row in rows), f"{path} has no {column} in its rows, the first line is "
+              f"{head[:100]}: name the columns with --text= and --label=")
     return rows
 
-def table(out, source, text="text", label="label", tokenizer="bytes", seed=1337, rows=None, held_out=None):
+def table(out, source, text="text", label="label", tokenizer="bytes", tokenizer_from=None, seed=1337,
+          rows=None, held_out=None):
     """Your own labelled texts: train.csv, or train.csv,test.csv, or train.csv,val.csv,test.csv."""
     paths = source.split(",")
     check(len(paths) <= 3, f"--source names {len(paths)} files: give train.csv, or with it val.csv, test.csv")
@@ -570,102 +652,103 @@ def table(out, source, text="text", label="label", tokenizer="bytes", seed=1337,
     for split, pairs in splits.items():
         splits[split] = [(words, classes.index(name)) for words, name in pairs]
     never = ", ".join(name for name in classes if name not in trained)
-    return {**write_texts(out, tokenizer, splits, 1024, classes, skipped=skipped),
+    spec = tokenizer_from or {"kind": tokenizer}
+    return {**write_texts(out, spec, splits, 1024, classes, skipped=skipped),
             "note": f"train has no row of the labels {never}" if never else ""}
 
-def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes"):
-    """IMDB reviews as bytes or GPT-2's BPE, negative or positive."""
-    splits, _ = hub_with_val(source, "stanfordnlp/imdb", lambda row: (row["text"], row["label"]), seed, rows)
-    return write_texts(out, tokenizer, splits, 1024, ["negative", "positive"])
+def labelled(row):
+    return row["text"], int(row["label"])
 
-def arxiv(out, source=None, rows=None, tokenizer="gpt2", min_len=0):
+def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes", tokenizer_from=None):
+    """IMDB reviews as bytes or GPT-2's BPE, negative or positive."""
+    splits = hub_with_val(source, "stanfordnlp/imdb", labelled, seed, rows)
+    spec = tokenizer_from or {"kind": tokenizer}
+    return write_texts(out, spec, splits, 1024, ["negative", "positive"])
+
+def arxiv(out, source=None, rows=None, tokenizer="gpt2", tokenizer_from=None, min_len=0):
     """Long papers of 11 arXiv categories (He et al. 2019). The no_ref rows are taken if they are there: the
     others spell the class in the text. --min_len keeps the longest documents only (WERSA's ArXiv-128k)."""
     places = "no_ref/S/*.parquet|no_ref/S*.parquet|default/S/*.parquet|*/S*.parquet|S*.parquet"
     files = {split: places.replace("S", stem) for split, stem in STEMS.items()}
-    splits, names = hub(source, "ccdv/arxiv-classification", files, lambda row: (row["text"], row["label"]),
-                        "refs/convert/parquet")
+    splits, names = hub(source, "ccdv/arxiv-classification", files, labelled, "refs/convert/parquet")
     splits["train"] = splits["train"][:rows]
-    most = max(label for pairs in splits.values() for _, label in pairs)
-    return write_texts(out, tokenizer, splits, 4096, names or [str(c) for c in range(most + 1)], min_len)
+    if not names:
+        most = max(label for pairs in splits.values() for _, label in pairs)
+        names = [str(c) for c in range(most + 1)]
+    return write_texts(out, tokenizer_from or {"kind": tokenizer}, splits, 4096, names, min_len)
 
 def cifar10(out, source=None, seed=1337, rows=None):
     """CIFAR-10 as rows of 1,024 grey pixels, read line by line (Long Range Arena's Image)."""
     image = need("PIL.Image")
     def get(row):
-        img = row["img"]
-        if isinstance(img, dict):
-            img = image.open(io.BytesIO(img["bytes"]))
-        return np.asarray(img.convert("L").resize((32, 32)), np.uint8), row["label"]
-    splits, names = hub_with_val(source, "uoft-cs/cifar10", get, seed, rows)
-    splits = {split: [np.array(side) for side in zip(*pairs)] for split, pairs in splits.items()}
-    names = names or "airplane automobile bird cat deer dog frog horse ship truck".split()
-    return write_images(out, splits, names)
+        picture = image.open(io.BytesIO(row["img"]["bytes"]))
+        return np.asarray(picture.convert("L").resize((32, 32)), np.uint8), int(row["label"])
+    splits = hub_with_val(source, "uoft-cs/cifar10", get, seed, rows)
+    for split, pairs in splits.items():
+        images, labels = zip(*pairs)
+        splits[split] = np.array(images), np.array(labels)
+    return write_images(out, splits, "airplane automobile bird cat deer dog frog horse ship truck".split())
 
 OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]  # smallest, largest, median (rounded down), sum modulo 10
 
-def listops_rows(rng, count, min_len, max_len, max_depth, seen):
-    """count rows of the grammar with min_len < tokens < max_len, none of them in seen: ids, lengths, values.
-    Many trees grow at once, a level at a time; 0-9 are digits, 10-13 operators, 14 is the closing bracket."""
-    rows, values, idle = [], [], 0
-    n = max(256, min(20_000, 10**7 // max_len))
-    while len(rows) < count:
-        tree, levels, length = np.arange(n), [], np.zeros(n, int)
-        kids = rng.integers(2, 11, n)  # a root is an operator: a digit is too short
-        for depth in range(1, max_depth + 1):
-            length += np.bincount(tree, 1 + (kids > 0), n).astype(int)
-            kids[length[tree] >= max_len] = 0  # too long already: let it wither
-            levels.append((tree, kids))
-            tree = np.repeat(tree, kids)
-            kids = rng.integers(2, 11, len(tree)) * (rng.random(len(tree)) < 0.25) * (depth + 1 < max_depth)
-        keep = (min_len < length) & (length < max_len)
-        value = size = np.zeros(0, int)
-        nodes = []
-        for tree, kids in reversed(levels):  # values and sizes, from the leaves up
-            kids = kids[keep[tree]]
-            is_op = kids > 0
-            k = kids[is_op]
-            at = np.cumsum(k) - k  # an operator's first argument, one level down
-            code = rng.integers(0, 10, len(kids))
-            below, size = size, np.ones(len(kids), int)
-            args, value = value, code.copy()
-            if len(k):
-                op = rng.integers(0, 4, len(k))
-                args = args[np.lexsort((args, np.repeat(np.arange(len(k)), k)))]  # each operator's in order
-                median = (args[at + (k - 1) // 2] + args[at + k // 2]) // 2
-                total = np.add.reduceat(args, at) % 10
-                value[is_op] = np.choose(op, (args[at], args[at + k - 1], median, total))
-                size[is_op] = 2 + np.add.reduceat(below, at)
-                code[is_op] = 10 + op
-            nodes.append((code, size, is_op, k, at, below))
-        begin = pos = np.cumsum(size) - size
-        flat = np.zeros(size.sum(), np.uint8)
-        for code, size, is_op, k, at, below in reversed(nodes):  # places, from the root down
-            flat[pos] = code
-            flat[(pos + size - 1)[is_op]] = 14
-            before = np.cumsum(below) - below  # tokens of all nodes to the left, one level down
-            pos = np.repeat(pos[is_op] + 1 - before[at], k) + before
-        had = len(rows)
-        for row, v in zip(np.split(flat, begin[1:]), value):
-            if row.tobytes() not in seen and len(rows) < count:
-                seen.add(row.tobytes())
-                rows.append(row)
-                values.append(v)
-        idle = 0 if len(rows) > had else idle + 1
-        check(idle < 20, f"the grammar gives only {len(rows)} different rows of {min_len} to {max_len} tokens"
-              f" with --max_depth={max_depth}: lower --min_len or --rows, or raise --max_len or --max_depth")
-    return np.concatenate(rows) + N_SPECIAL, np.array([len(row) for row in rows]), np.array(values)
+def listops_row(draw, max_len, max_depth):
+    """A nested list and its value, or None if it has max_len tokens or more. 0-9 are digits, 10-13 operators,
+    14 is the closing bracket; draw() gives a number below 1."""
+    row, unfinished = bytearray(), []  # operators: which, how many arguments, those that are there
+    while len(row) < max_len:
+        depth = len(unfinished)
+        if depth == 0 or depth + 1 < max_depth and draw() < 0.25:
+            op, count = int(4 * draw()), 2 + int(9 * draw())
+            row.append(10 + op)
+            unfinished.append((op, count, []))
+            continue
+        value = int(10 * draw())
+        row.append(value)
+        while unfinished:
+            op, count, args = unfinished[-1]
+            args.append(value)
+            if len(args) < count:
+                break
+            unfinished.pop()
+            row.append(14)
+            args.sort()
+            median = (args[(count - 1) // 2] + args[count // 2]) // 2
+            value = (args[0], args[-1], median, sum(args) % 10)[op]
+        if not unfinished:
+            return row, value
+
+def listops_rows(draw, count, min_len, max_len, max_depth, seen):
+    """count rows of min_len < tokens < max_len, none of them in seen: all their ids, lengths, values."""
+    ids, lengths, values, idle = bytearray(), [], [], 0
+    with tqdm(total=count, desc="draw rows", unit="row", leave=False) as bar:
+        while len(values) < count:
+            idle += 1
+            check(idle < 100_000, f"the grammar gives only {len(values)} different rows of {min_len} to "
+                  f"{max_len} tokens with --max_depth={max_depth}: lower --min_len or --rows, or raise "
+                  "--max_len or --max_depth")
+            drawn = listops_row(draw, max_len, max_depth)
+            if drawn is None:
+                continue
+            row, value = drawn
+            if min_len < len(row) < max_len and bytes(row) not in seen:
+                idle = 0
+                seen.add(bytes(row))
+                ids += row
+                lengths.append(len(row))
+                values.append(value)
+                bar.update()
+    return np.frombuffer(ids, np.uint8) + N_SPECIAL, np.array(lengths), np.array(values)
 
 def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10, test_rows=2000):
     """Nested lists of digits, what is their value? The grammar of Long Range Arena (arXiv 2011.04006): an
     argument is an operator with probability 1/4, of 2 to 10 arguments. Split long: twice as long."""
     check(1 <= min_len < max_len and max_depth >= 2, f"--min_len={min_len}, --max_len={max_len}, --max_depth="
           f"{max_depth}: a row needs 1 <= min_len < max_len, and a max_depth of at least 2")
-    rng, seen, splits = np.random.default_rng(seed), set(), {}
+    draw, seen, splits = random.Random(seed).random, set(), {}
     for split, count in (("train", rows), ("val", max(1, min(2000, rows // 8))), ("test", test_rows)):
-        splits[split] = listops_rows(rng, count, min_len, max_len, max_depth, seen)
+        splits[split] = listops_rows(draw, count, min_len, max_len, max_depth, seen)
     with contextlib.suppress(SystemExit):  # so shallow a tree may not get twice as long
-        splits["long"] = listops_rows(rng, -(-test_rows // 2), max_len, 2 * max_len, max_depth, seen)
+        splits["long"] = listops_rows(draw, -(-test_rows // 2), max_len, 2 * max_len, max_depth, seen)
     roots = {split: ids[np.cumsum(n) - n] - N_SPECIAL - 10 for split, (ids, n, _) in splits.items()}
     digits = [str(d) for d in range(10)]
     spec = {"kind": "words", "words": digits + OPERATORS + ["]"]}
@@ -866,7 +949,8 @@ def plausible(meta):  # may train.py trust what a well-formed meta.json claims, 
             and meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size
             and (meta["arch"] != "encoder" or 1 <= meta["n_classes"] == len(meta["classes"])))
 
-def load_meta(folder):  # meta.json of a data set whose files are all there and unchanged
+def load_meta(folder):
+    """meta.json of a data set whose files are all there and unchanged."""
     folder, why = Path(folder), "has a damaged meta.json"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -880,7 +964,8 @@ def load_meta(folder):  # meta.json of a data set whose files are all there and 
         why = f"cannot be read ({e.strerror})"
     except Exception:  # as many as there are ways to be no meta.json
         pass
-    check(not why, f"{folder} {why}: make it anew with python prepare_data.py --dataset={folder.name} "
+    flag = "dataset" if folder.name in DATASETS else "dataset=... --name"
+    check(not why, f"{folder} {why}: make it anew with python prepare_data.py --{flag}={folder.name} "
           f"--data_dir={folder.parent} --force")
     return meta
 
@@ -1077,12 +1162,18 @@ def draw_curves(folders, path):
     with replacing(path, "wb") as f:
         figure.savefig(f, dpi=100, format="png")
 
-def fingerprint(source):  # sha256 over the source files, so that an edited file counts as another source
+def fingerprint(source):
+    """sha256 over the source files, so that an edited file counts as another source."""
     digest = hashlib.sha256()
-    for path in map(Path, source.split(",")):
-        check(path.exists(), f"--source: there is no {path}")
-        inside = sorted(path.glob("*.jsonl")) + sorted(path.glob("*/*.parquet"))
-        for file in inside if path.is_dir() else [path]:
+    for name in source.split(","):
+        path = Path(name)
+        check(name and path.exists(), f"--source: there is no {name or 'file without a name'}")
+        files = [path]
+        if path.is_dir():
+            files = []
+            for pattern in ("*.txt", "*.jsonl", "*/*.parquet", "*/*/*.parquet"):
+                files += sorted(filter(Path.is_file, path.glob(pattern)))
+        for file in files:
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -1093,53 +1184,84 @@ def sweep(folder):  # away with what killed runs left, but an old data set betwe
         elif old.is_dir():  # the lock is a file
             shutil.rmtree(old, ignore_errors=True)
 
-def prepare(name, data_dir="data", force=False, exact=False, source=None, **flags):
-    """Makes data_dir/name unless it is there, and returns its path. An option left at None means the default,
-    or what an existing folder was made with; exact compares an existing folder with the defaults too."""
-    if name not in DATASETS:
-        raise SystemExit(unknown("data set", name, DATASETS))
-    given = {key: value for key, value in dict(flags, source=source).items() if value is not None}
-    _, *known = inspect.signature(DATASETS[name]).parameters.values()
+@contextlib.contextmanager
+def alone(folder):
+    """Hold the place of a folder that is to be made, and sweep it before and after."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(f"{folder}.tmp-lock")
+    try:
+        sweep(folder)
+        yield
+    finally:
+        sweep(folder)
+        Path(held.name).unlink(missing_ok=True)
+        held.close()
+
+def reused(folder):
+    """The tokenizer of a data set, for another one."""
+    spec = load_meta(folder)["tokenizer"]
+    check(spec["kind"] in ("bpe", "gpt2", "bytes"), f"--tokenizer_from={folder}: its tokenizer knows no "
+          f"text, only {spec['kind']} of its own")
+    return spec
+
+def prepare(dataset, data_dir="data", name=None, force=False, exact=False, **flags):
+    """Makes data_dir/name unless it is there, and returns its path. A flag left at None means the default, or
+    what an existing folder was made with; exact compares an existing folder with the defaults too."""
+    if dataset not in DATASETS:
+        raise SystemExit(unknown("data set", dataset, DATASETS) + " One of your own is made by python "
+                         f"prepare_data.py --dataset=... --name={dataset}")
+    name = name or dataset
+    check(name.replace("-", "").replace("_", "").isalnum(), f"--name={name} must be plain: letters, digits, "
+          "- and _")
+    check(name == dataset or name not in DATASETS, f"--name={name} is what another data set is called: "
+          "take a name of your own")
+    given = {key: value for key, value in flags.items() if value is not None}
+    _, *known = inspect.signature(DATASETS[dataset]).parameters.values()
     options = {p.name: given.get(p.name, p.default) for p in known}
     for key in given.keys() - {"seed"}:
-        check(key in options, f"--{key} is no flag of {name}, which takes --{', --'.join(options)}")
-    settings = {**options, "source": fingerprint(source) if source else None}
-    folder = Path(data_dir) / name
-    if force or not (folder / "meta.json").exists() or any(folder.parent.glob(f"{name}.tmp-*")):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            held = lock(f"{folder}.tmp-lock")
-            try:
-                sweep(folder)
-                if force or not (folder / "meta.json").exists():
-                    return make(folder, options, settings)
-            finally:
-                sweep(folder)
-                Path(held.name).unlink(missing_ok=True)
-                held.close()
-        except OSError as e:
-            raise SystemExit(f"{folder} cannot be made: {e}")
+        check(key in options, f"--{key} is no flag of {dataset}, which takes --{', --'.join(options)}")
+    settings, folder = dict(options), Path(data_dir) / name
+    try:
+        if "source" in given:
+            settings["source"] = fingerprint(given["source"])
+        if "tokenizer_from" in given:
+            check(not given.keys() & {"tokenizer", "vocab_size"}, "--tokenizer_from brings its own "
+                  "vocabulary: leave out --tokenizer and --vocab_size")
+            options["tokenizer_from"] = reused(given["tokenizer_from"])
+            settings["tokenizer_from"] = checksum(options["tokenizer_from"])
+        there = folder / "meta.json"
+        if force or not there.exists() or any(folder.parent.glob(f"{name}.tmp-*")):
+            with alone(folder):
+                if force or not there.exists():
+                    return make(folder, dataset, options, settings)
+    except OSError as e:
+        raise SystemExit(f"{folder} cannot be made: {e}")
     meta = load_meta(folder)
+    made_as = meta.get("dataset", name)
+    check(made_as == dataset, f"{folder} was made with --dataset={made_as}: --force replaces it")
     for key, value in settings.items():
         had = meta["settings"].get(key)
-        was = "another source" if key == "source" else f"{key}={had}, not {value}"
+        was = f"{key}={had}, not {value}"
+        if key in ("source", "tokenizer_from"):
+            was = f"another {key.split('_')[0]}"
         if value != had and (key in given or exact and key != "source"):
             raise SystemExit(f"{folder} was made with {was}: --force replaces it")
     print(f"{folder} is there already, made by: {meta['created_by']}")
     return str(folder)
 
-def make(folder, options, settings):
+def make(folder, dataset, options, settings):
     """Makes a data set beside its folder, which it replaces when all is there."""
     name, started = folder.name, time.time()
     tmp, old = (folder.with_name(f"{name}.tmp-{which}") for which in ("new", "old"))
     check((folder / "meta.json").exists() or not folder.exists(), f"{folder} exists and is no data set of "
           "ours: move it away or choose another --data_dir")
-    files = "train.en,train.de" if name == "parallel" else "FILE"
-    check(options.get("source") is not inspect.Parameter.empty, f"{name} is made from your own: python "
-          f"prepare_data.py --dataset={name} --source={files}")
+    files = "train.en,train.de" if dataset == "parallel" else "FILE"
+    check(options.get("source") is not inspect.Parameter.empty, f"{dataset} is made from your own: python "
+          f"prepare_data.py --dataset={dataset} --source={files}")
     tmp.mkdir()
-    meta = {"format": FORMAT, "name": name, "note": "", **DATASETS[name](tmp, **options),
-            "settings": settings, "seconds": round(time.time() - started, 1),
+    meta = {"format": FORMAT, "name": name, "dataset": dataset, "note": "",
+            **DATASETS[dataset](tmp, **options), "settings": settings,
+            "seconds": round(time.time() - started, 1),
             "files": {p.name: [p.stat().st_size, crc32(p)] for p in sorted(tmp.iterdir())},
             "created_by": "python " + shlex.join(sys.argv)}
     meta["tokenizer"] = meta.pop("tokenizer")  # last, because a BPE fills thousands of lines
@@ -1272,8 +1394,10 @@ def main():
     parser.add("--text", help="table: the column of the texts [text]")
     parser.add("--label", help="table: the column of the labels [label]")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
+    parser.add("--name", help="a name of its own, instead of the data set's")
     parser.add("--vocab_size", int, "ids of the trained BPE, special ones included", 1, 2**24)
     parser.add("--tokenizer", choices=["gpt2", "bytes"], help="text, arxiv [gpt2], table, imdb [bytes]")
+    parser.add("--tokenizer_from", help="the folder of a data set whose tokenizer, a BPE too, is used again")
     parser.add("--rows", int, "use only so many training rows", 1, 10**9)
     held = "rows of each, val and test, where they are drawn from your rows [a tenth, at most 2,000]"
     parser.add("--held_out", int, held, 1, 10**9)
@@ -1290,11 +1414,10 @@ def main():
     parser.add("--force", bool, "replace a data set made with other settings", default=False)
     args = parser.parse_args()
     options, started = vars(args), time.time()
-    name = options.pop("dataset")
-    if name not in DATASETS:
-        parser.error(unknown("data set", name, DATASETS))
+    if args.dataset not in DATASETS:
+        parser.error(unknown("data set", args.dataset, DATASETS))
     try:
-        folder = prepare(name, **options, exact=True)
+        folder = prepare(**options, exact=True)
     except KeyboardInterrupt:
         print("\nstopped: nothing was changed", file=sys.stderr)
         sys.exit(130)
@@ -1302,7 +1425,7 @@ def main():
         parser.error(e.code) if str(e.code).startswith("--") else sys.exit(e.code)
     summary(folder, load_meta(folder), time.time() - started)
     where = "" if args.data_dir == "data" else f" --data_dir={args.data_dir}"
-    print(f"next: python train.py --dataset={name}{where}")
+    print(f"next: python train.py --dataset={args.name or args.dataset}{where}")
 
 if __name__ == "__main__":
     main()
