@@ -5,7 +5,7 @@ Turns a data set into a folder of token files that train.py memory-maps.
     python prepare_data.py --dataset=multi30k                          # from the hub
     python prepare_data.py --dataset=wmt16 --source=DIR                # from a copy in the hub's own layout
     python prepare_data.py --dataset=parallel --source=train.en,train.de
-    python prepare_data.py --dataset=text --source=my.txt [--tokenizer=bytes]
+    python prepare_data.py --dataset=text --source=my.txt [--tokenizer=bytes] [--name=mine]
     python prepare_data.py --dataset=table --source=my.csv             # CSV, TSV, JSONL: --text=, --label=
     python prepare_data.py --dataset=imdb
 
@@ -922,30 +922,30 @@ DATASETS = {data_set.__name__: data_set for data_set in (
     numbers, multi30k, wmt16, text, parallel, table, listops, lego, recall, pathfinder, imdb, cifar10, arxiv)}
 
 # ---- what train.py and sample.py import ----
-def crc32(path):  # of a file, a block at a time
-    value = 0
-    with open(path, "rb") as f:
-        while block := f.read(2**24):
-            value = zlib.crc32(block, value)
-    return value
+def crc32(path):
+    return zlib.crc32(np.memmap(path, np.uint8, "r")) if os.path.getsize(path) else 0
 
 def checksum(meta):  # of all of meta.json but itself
     rest = {key: value for key, value in meta.items() if key != "checksum"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
-def plausible(meta):  # may train.py trust what a well-formed meta.json claims, whoever wrote it?
+def plausible(meta):
+    """May train.py trust what a well-formed meta.json claims, whoever wrote it?"""
     kinds = dict(name=str, arch=str, metric=str, dtype=str, vocab_size=int, block_size=int, tokenizer=dict,
                  splits=dict, files=dict, skipped=dict, seconds=(int, float))
-    fine = all(isinstance(meta[key], kind) for key, kind in kinds.items())
+    known = dict(arch=("encdec", "encoder", "decoder"), metric=("exact", "bleu", "bpb", "acc"),
+                 dtype=("uint16", "uint32"), bleu_tokenizer=("13a", "zh", "char", None))
+    fine = [isinstance(meta[key], kind) for key, kind in kinds.items()]
+    fine += [meta.get(key) in values for key, values in known.items()]
     for split in {"train", "val", "test"} | meta["splits"].keys():
         s = meta["splits"][split]
-        sizes = s["rows"], np.min(s["tokens"]), np.max(s["longest"]) + 1
-        fine = fine and dict(s["trivial"]) and min(sizes) >= 1
-    return (fine and meta["arch"] in ("encdec", "encoder", "decoder") and 1 <= meta["block_size"] <= 2**24
-            and meta.get("bleu_tokenizer", "13a") in ("13a", "zh", "char")
-            and meta["metric"] in ("exact", "bleu", "bpb", "acc") and meta["dtype"] in ("uint16", "uint32")
-            and meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size
-            and (meta["arch"] != "encoder" or 1 <= meta["n_classes"] == len(meta["classes"])))
+        fine.append(s["rows"] >= 1 and np.min(s["tokens"]) >= 1 and np.min(s["longest"]) >= 0)
+        fine.append(dict(s["trivial"]))
+    fine.append(1 <= meta["block_size"] <= 2**24)
+    fine.append(meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size)
+    if meta["arch"] == "encoder":
+        fine.append(1 <= meta["n_classes"] == len(meta["classes"]))
+    return all(fine)
 
 def load_meta(folder):
     """meta.json of a data set whose files are all there and unchanged."""
