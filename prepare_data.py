@@ -317,7 +317,7 @@ def own(splits, seed, held_out):
         splits[split] = kept
     return {split: splits[split] for split in ("train", "val", "test")}, skipped  # as files are written
 
-def write_encdec(out, metric, splits, skipped, vocab_size, limit=None, spec=None, cap=256):
+def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec=None, cap=256):
     """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size. limit is of train
     rows; those longer than cap are dropped, others left to the loader."""
     splits["train"] = splits["train"][:limit]
@@ -453,7 +453,7 @@ def numbers(out, seed=1337, rows=100_000):
     splits = {"train": train, "val": val, "test": test, "long": far}
     for split, values in splits.items():
         splits[split] = [(en(n), de(n)) for n in map(int, values)]
-    return {**write_encdec(out, "exact", *tidy(splits), None, spec={"kind": "bytes"}, cap=np.inf),
+    return {**write_encdec(out, "exact", *tidy(splits), spec={"kind": "bytes"}, cap=np.inf),
             "note": "split long: 500 numbers of 7 to 9 digits, beyond the trained range"}
 
 STEMS = {"train": "train", "val": "validation", "test": "test"}  # what the hub calls them
@@ -643,8 +643,9 @@ def table(out, source, text="text", label="label", tokenizer="bytes", tokenizer_
     classes = sorted(classes, key=lambda name: (name.isdigit() * len(name), name))  # 2 before 10
     check(1 < len(trained) <= max(2, len(splits["train"]) // 2), f"{len(trained)} different labels in "
           f"{len(splits['train'])} rows of train teach nothing: is --label={label} the right column?")
+    number = {name: i for i, name in enumerate(classes)}
     for split, pairs in splits.items():
-        splits[split] = [(words, classes.index(name)) for words, name in pairs]
+        splits[split] = [(words, number[name]) for words, name in pairs]
     never = ", ".join(name for name in classes if name not in trained)
     spec = tokenizer_from or {"kind": tokenizer}
     return {**write_texts(out, spec, splits, 1024, classes, skipped=skipped),
@@ -1199,7 +1200,7 @@ def summary(folder, meta, seconds):
 def main():
     parser = Parser(description=__doc__)
     parser.add("--dataset", default="numbers", help=", ".join(DATASETS))
-    parser.add("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
+    parser.add("--source", help="a file, files joined by commas, a folder of *.txt or in the hub's layout")
     parser.add("--text", help="table: the column of the texts [text]")
     parser.add("--label", help="table: the column of the labels [label]")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
