@@ -5,7 +5,7 @@ Turns a data set into a folder of token files that train.py memory-maps.
     python prepare_data.py --dataset=multi30k                          # from the hub
     python prepare_data.py --dataset=wmt16 --source=DIR                # from a copy in the hub's own layout
     python prepare_data.py --dataset=parallel --source=train.en,train.de
-    python prepare_data.py --dataset=text --source=my.txt [--tokenizer=bytes]
+    python prepare_data.py --dataset=text --source=my.txt [--tokenizer=bytes] [--name=mine]
     python prepare_data.py --dataset=table --source=my.csv             # CSV, TSV, JSONL: --text=, --label=
     python prepare_data.py --dataset=imdb
 
@@ -16,7 +16,6 @@ and .label.bin. Ids 0, 1, 2 are PAD, BOS, EOS, which the loader adds; token t is
 To add a data set, write one function and name it in DATASETS: its parameters are the flags that it takes.
 """
 import argparse
-import array
 import base64
 import contextlib
 import csv
@@ -35,7 +34,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import unicodedata
 import zlib
@@ -82,19 +80,6 @@ def pieces(text):
         return [text]
     return re.findall(r"(?s).{1,50000}(?<=[^\n]\n)(?=\S)|.{1,50000}", text)
 
-def gpt2():
-    """GPT-2's BPE, asked for in a thread that is given up: a silent firewall would hold it for ever."""
-    found, tiktoken = [], need("tiktoken")
-    def work():
-        with contextlib.suppress(Exception):
-            found.append(tiktoken.get_encoding("gpt2"))
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(20)
-    check(found, "GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a folder that holds them, "
-          "or prepare with --tokenizer=bytes")
-    return found[0]
-
 class Tokenizer:
     """Text to ids and back, made from the plain dict that meta.json and every checkpoint carry."""
 
@@ -102,7 +87,11 @@ class Tokenizer:
         self.spec, kind = spec, str(spec["kind"])
         self.words, self.bpe = spec.get("words"), None  # neither: bytes, or the grey values of pixels
         if kind == "gpt2":
-            self.bpe = gpt2()
+            try:
+                self.bpe = need("tiktoken").get_encoding("gpt2")
+            except Exception:
+                raise SystemExit("GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a folder "
+                                 "that holds them, or prepare with --tokenizer=bytes")
         elif kind == "bpe":
             ranks = {base64.b64decode(word): rank for rank, word in enumerate(spec["ranks"])}
             encoding = need("tiktoken").Encoding
@@ -129,13 +118,9 @@ class Tokenizer:
         joined = self.bpe.decode_bytes(raw) if self.bpe else bytes(raw)
         return joined.decode("utf-8", errors="replace")
 
-    def encode_rows(self, texts, label):  # all ids in one line, and the length of each row
-        flat, lengths = array.array(self.dtype.char), []
-        for text in tqdm(texts, f"tokenize {label}", unit="row", leave=False):
-            ids = self.encode(text)
-            flat.extend(ids)
-            lengths.append(len(ids))
-        return np.frombuffer(flat, self.dtype), np.array(lengths, np.int64)
+    def encode_rows(self, texts, label):
+        texts = tqdm(texts, f"tokenize {label}", unit="row", leave=False)
+        return [np.array(self.encode(text), self.dtype) for text in texts]
 
 def train_bpe(sides, vocab_size):  # joint: names and numbers, alike in both languages, get the same ids
     check(vocab_size >= 259, f"--vocab_size={vocab_size} is too small: 256 bytes and 3 special ids make 259")
@@ -269,9 +254,10 @@ def comma_separated(text):  # the type of a flag that takes lengths: 512,1024 ->
         raise argparse.ArgumentTypeError(f"{text} must be numbers of tokens, joined by commas")
     return [int(t) for t in text.split(",")]
 
-def write_ragged(out, stem, ids, lengths):  # rows of any length in one line, and where each begins
-    ids.tofile(out / f"{stem}.bin")
-    np.r_[0, np.cumsum(lengths)].tofile(out / f"{stem}.idx")
+def write_ragged(out, stem, rows, dtype):
+    """Rows of any length in one line, and where each begins."""
+    np.concatenate(rows).astype(dtype).tofile(out / f"{stem}.bin")
+    np.cumsum([0, *map(len, rows)], dtype=np.int64).tofile(out / f"{stem}.idx")
 
 def describe(arch, metric, tok, block_size, splits, skipped):  # what meta.json says of all
     return {"arch": arch, "metric": metric, "vocab_size": tok.vocab_size, "dtype": tok.dtype.name,
@@ -331,27 +317,31 @@ def own(splits, seed, held_out):
         splits[split] = kept
     return {split: splits[split] for split in ("train", "val", "test")}, skipped  # as files are written
 
-def write_encdec(out, metric, splits, skipped, vocab_size, rows=None, spec=None, cap=256):
-    """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size. Train rows longer
-    than cap are dropped, others left to the loader."""
-    splits["train"], stats = splits["train"][:rows], {}
+def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec=None, cap=256):
+    """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size. limit is of train
+    rows; those longer than cap are dropped, others left to the loader."""
+    splits["train"] = splits["train"][:limit]
     for split, pairs in splits.items():
         check(pairs, f"too few rows with text on both sides: none is left for {split}")
-        splits[split] = list(zip(*pairs))
-    bleu = bleu_tokenizer(splits["train"][1])
-    tok = Tokenizer(spec or train_bpe(splits["train"], vocab_size))
-    for split, sides in splits.items():
-        encoded = [tok.encode_rows(texts, f"{split}.{side}") for texts, side in zip(sides, ("src", "tgt"))]
-        keep = np.maximum(encoded[0][1], encoded[1][1]) < cap
+    sources, targets = zip(*splits["train"])
+    bleu = bleu_tokenizer(targets)
+    tok = Tokenizer(spec or train_bpe((sources, targets), vocab_size))
+    stats = {}
+    for split, pairs in splits.items():
+        src, tgt = zip(*pairs)
+        rows = list(zip(tok.encode_rows(src, f"{split}.src"), tok.encode_rows(tgt, f"{split}.tgt")))
+        short = [pair for pair in rows if max(map(len, pair)) < cap]
         reason = "longer than block_size" + (", kept and cut by the loader" if split != "train" else "")
-        skipped[f"{split}: {reason}"] = int((~keep).sum())
-        keep |= split != "train"
-        check(keep.any(), f"no {split} row is shorter than {cap} tokens")
-        stats[split] = {"rows": int(keep.sum()), "tokens": [int(n[keep].sum()) for _, n in encoded],
-                        "longest": [int(n[keep].max()) for _, n in encoded],
-                        "trivial": {"copy the source": copied(metric, *sides, bleu)}}
-        for (ids, lengths), texts, side in zip(encoded, sides, ("src", "tgt")):
-            write_ragged(out, f"{split}.{side}", ids[np.repeat(keep, lengths)], lengths[keep])
+        skipped[f"{split}: {reason}"] = len(rows) - len(short)
+        if split == "train":
+            rows = short
+            check(rows, f"no train row is shorter than {cap} tokens")
+        stats[split] = {"rows": len(rows), "tokens": [], "longest": [],
+                        "trivial": {"copy the source": copied(metric, src, tgt, bleu)}}
+        for side, texts, ids in zip(("src", "tgt"), (src, tgt), zip(*rows)):
+            write_ragged(out, f"{split}.{side}", ids, tok.dtype)
+            stats[split]["tokens"].append(sum(map(len, ids)))
+            stats[split]["longest"].append(max(map(len, ids)))
             if split != "train":
                 (out / f"{split}.{side}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     longest = max(max(stats[split]["longest"]) for split in ("train", "val", "test"))  # not long's
@@ -360,49 +350,53 @@ def write_encdec(out, metric, splits, skipped, vocab_size, rows=None, spec=None,
     return {**describe("encdec", metric, tok, size, stats, skipped), "ratio": ratio, "bleu_tokenizer": bleu}
 
 def write_labelled(out, spec, splits, block_size, skipped=(), **meta):
-    """From {split: (ids, lengths, labels)}, or with groups behind, to a ragged file of tokens and its labels,
-    one a row or one a token (-1: nothing is asked there). Groups, one a label, are what the accuracy is split
-    by. An empty row is skipped, a long one is the loader's to cut."""
+    """From {split: (rows of ids, labels)} to files. A label is a row's, or a row of labels stands beside its
+    tokens (-1: nothing is asked there), and behind them such rows of groups, by which the accuracy is split.
+    An empty row is skipped, a long one is the loader's to cut."""
     tok, stats, skipped = Tokenizer(spec), {}, dict(skipped)
-    for split, (ids, lengths, *labels) in splits.items():
-        full, of_rows = lengths > 0, len(labels[0]) == len(lengths)
-        if not of_rows and len(labels[0]) != len(ids):
-            raise ValueError(f"{split}: {len(labels[0])} labels for {len(lengths)} rows of {len(ids)} tokens")
-        check(full.any(), f"no row of {split} has any text")
-        write_ragged(out, f"{split}.src", np.asarray(ids, tok.dtype), lengths[full])
-        labels = [np.asarray(label, np.int32)[full if of_rows else ...] for label in labels]
-        for name, label in zip(("label", "group"), labels):
-            label.tofile(out / f"{split}.{name}.bin")
-        if of_rows:
-            fits = 0 <= labels[0].min() and labels[0].max() < len(meta["classes"])
+    for split, (rows, labels, *groups) in splits.items():
+        full = [i for i, row in enumerate(rows) if len(row)]
+        check(full, f"no row of {split} has any text")
+        skipped[f"{split}: empty, skipped"] = len(rows) - len(full)
+        meta["labels"] = "token" if np.ndim(labels[0]) else "row"
+        if meta["labels"] == "row":
+            rows = [rows[i] for i in full]
+            labels = np.array([labels[i] for i in full])
+            fits = 0 <= labels.min() and labels.max() < len(meta["classes"])
             check(fits, f"{split} has labels that are none of the {len(meta['classes'])} classes")
-        asked = labels[0][labels[0] >= 0]
+        else:
+            labels = np.concatenate(labels)
+        write_ragged(out, f"{split}.src", rows, tok.dtype)
+        labels.astype(np.int32).tofile(out / f"{split}.label.bin")
+        if groups:
+            np.concatenate(groups[0]).astype(np.int32).tofile(out / f"{split}.group.bin")
+        asked = labels[labels >= 0]
         if split == "train":
             most = np.bincount(asked).argmax()
-        stats[split] = {"rows": int(full.sum()), "tokens": int(lengths.sum()), "longest": int(lengths.max()),
+        lengths = np.array([len(row) for row in rows])
+        stats[split] = {"rows": len(rows), "tokens": int(lengths.sum()), "longest": int(lengths.max()),
                         "trivial": {"majority class": float((asked == most).mean())}}
-        skipped[f"{split}: empty, skipped"] = int((~full).sum())
-        cut = int((lengths > block_size).sum() if split != "long" else 0)
-        skipped[f"{split}: longer than {block_size} tokens, cut by the loader"] = cut
+        if split != "long":
+            cut = int((lengths > block_size).sum())
+            skipped[f"{split}: longer than {block_size} tokens, cut by the loader"] = cut
     if "classes" in meta:
         meta["n_classes"] = len(meta["classes"])
-    meta["labels"] = "row" if of_rows else "token"
     return {**describe("encoder", "acc", tok, block_size, stats, skipped), **meta}
 
 def write_images(out, splits, classes):
     """From {split: (images (n, size, size), labels)} to rows of pixels, and a picture of 16 to look at."""
     images, labels = splits["train"]
     need("matplotlib").use("Agg")
-    plt, plain = need("matplotlib.pyplot"), {"xticks": [], "yticks": [], "frame_on": False}
-    figure, axes = plt.subplots(2, 8, figsize=(12, 3.6), layout="constrained", subplot_kw=plain)
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    figure, axes = need("matplotlib.pyplot").subplots(2, 8, figsize=(12, 3.6), layout="constrained",
+                                                      subplot_kw=bare)
     for ax, image, label in zip(axes.flat, images, labels):
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
         ax.set_title(classes[label])
     figure.savefig(out / "samples.png", dpi=100)
     size = images.shape[1]
     for split, (images, labels) in splits.items():
-        ids = images.ravel().astype(np.uint16) + N_SPECIAL
-        splits[split] = ids, np.full(len(images), size * size), labels
+        splits[split] = images.reshape(-1, size * size).astype(np.uint16) + N_SPECIAL, labels
     return write_labelled(out, {"kind": "pixels"}, splits, size * size, classes=classes, image=[size, size])
 
 # ---- the data sets: each writes its files into `out` and returns its share of meta.json ----
@@ -459,7 +453,7 @@ def numbers(out, seed=1337, rows=100_000):
     splits = {"train": train, "val": val, "test": test, "long": far}
     for split, values in splits.items():
         splits[split] = [(en(n), de(n)) for n in map(int, values)]
-    return {**write_encdec(out, "exact", *tidy(splits), None, spec={"kind": "bytes"}, cap=np.inf),
+    return {**write_encdec(out, "exact", *tidy(splits), spec={"kind": "bytes"}, cap=np.inf),
             "note": "split long: 500 numbers of 7 to 9 digits, beyond the trained range"}
 
 STEMS = {"train": "train", "val": "validation", "test": "test"}  # what the hub calls them
@@ -543,7 +537,7 @@ def text(out, source, tokenizer="gpt2", tokenizer_from=None):
     stats, sizes = {}, {}
     for split in ("train", "val", "test"):
         part = parts[split]
-        ids, _ = tok.encode_rows(pieces(part), split)
+        ids = np.concatenate(tok.encode_rows(pieces(part), split))
         check(len(ids) > 256, f"{source} is too short: its {split} split has {len(ids)} tokens and needs 257 "
               f"({twins} lines of train stand in val or test, {why})")
         ids.tofile(out / f"{split}.bin")
@@ -572,18 +566,18 @@ def write_texts(out, spec, splits, block_size, classes, min_len=0, skipped=()):
     tok, skipped, known, longest = Tokenizer(spec), dict(skipped), {}, 0
     for split, pairs in splits.items():
         check(pairs, f"there is no row for {split}")
-        texts, labels = zip(*pairs)
-        texts = [plain(text) for text in texts]
-        ids, lengths = tok.encode_rows(texts, split)
-        keep = lengths >= min_len
-        check(keep.any(), f"no {split} document has {min_len} tokens, the longest has {lengths.max()}: lower "
-              "--min_len")
+        texts = [plain(text) for text, _ in pairs]
+        rows = tok.encode_rows(texts, split)
+        most = max(map(len, rows))
+        longest = max(longest, most)
+        keep = [i for i, row in enumerate(rows) if len(row) >= min_len]
+        check(keep, f"no {split} document has {min_len} tokens, the longest has {most}: lower --min_len")
         if min_len:
-            skipped[f"{split}: shorter than {min_len} tokens, left out"] = int((~keep).sum())
-        splits[split] = ids[np.repeat(keep, lengths)], lengths[keep], np.array(labels)[keep]
-        longest = max(longest, lengths.max())
-        known[split] = [text for text, long in zip(texts, keep) if long], splits[split][2]
-    block_size = min(block_size, int(longest) // 8 * 8 + 8)
+            skipped[f"{split}: shorter than {min_len} tokens, left out"] = len(rows) - len(keep)
+        labels = [pairs[i][1] for i in keep]
+        splits[split] = [rows[i] for i in keep], labels
+        known[split] = [texts[i] for i in keep], labels
+    block_size = min(block_size, longest // 8 * 8 + 8)
     meta = write_labelled(out, tok.spec, splits, block_size, skipped, classes=classes)
     for split, accuracy in bag_of_words(known).items():
         meta["splits"][split]["trivial"]["TF-IDF + logistic regression"] = accuracy
@@ -649,8 +643,9 @@ def table(out, source, text="text", label="label", tokenizer="bytes", tokenizer_
     classes = sorted(classes, key=lambda name: (name.isdigit() * len(name), name))  # 2 before 10
     check(1 < len(trained) <= max(2, len(splits["train"]) // 2), f"{len(trained)} different labels in "
           f"{len(splits['train'])} rows of train teach nothing: is --label={label} the right column?")
+    number = {name: i for i, name in enumerate(classes)}
     for split, pairs in splits.items():
-        splits[split] = [(words, classes.index(name)) for words, name in pairs]
+        splits[split] = [(words, number[name]) for words, name in pairs]
     never = ", ".join(name for name in classes if name not in trained)
     spec = tokenizer_from or {"kind": tokenizer}
     return {**write_texts(out, spec, splits, 1024, classes, skipped=skipped),
@@ -692,9 +687,10 @@ def cifar10(out, source=None, seed=1337, rows=None):
 OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]  # smallest, largest, median (rounded down), sum modulo 10
 
 def listops_row(draw, max_len, max_depth):
-    """A nested list and its value, or None if it has max_len tokens or more. 0-9 are digits, 10-13 operators,
-    14 is the closing bracket; draw() gives a number below 1."""
+    """A nested list and its value; one that gets too long ends before its end. 0-9 are digits, 10-13 are
+    operators, 14 is the closing bracket; draw() gives a number below 1."""
     row, unfinished = bytearray(), []  # operators: which, how many arguments, those that are there
+    value = None
     while len(row) < max_len:
         depth = len(unfinished)
         if depth == 0 or depth + 1 < max_depth and draw() < 0.25:
@@ -704,7 +700,7 @@ def listops_row(draw, max_len, max_depth):
             continue
         value = int(10 * draw())
         row.append(value)
-        while unfinished:
+        while unfinished:  # each list that is complete now is an argument of the one around it
             op, count, args = unfinished[-1]
             args.append(value)
             if len(args) < count:
@@ -715,29 +711,26 @@ def listops_row(draw, max_len, max_depth):
             median = (args[(count - 1) // 2] + args[count // 2]) // 2
             value = (args[0], args[-1], median, sum(args) % 10)[op]
         if not unfinished:
-            return row, value
+            break
+    return bytes(row), value
 
 def listops_rows(draw, count, min_len, max_len, max_depth, seen):
-    """count rows of min_len < tokens < max_len, none of them in seen: all their ids, lengths, values."""
-    ids, lengths, values, idle = bytearray(), [], [], 0
+    """count rows of min_len < tokens < max_len, none of them in seen, and their values."""
+    rows, values, idle = [], [], 0
     with tqdm(total=count, desc="draw rows", unit="row", leave=False) as bar:
-        while len(values) < count:
+        while len(rows) < count:
             idle += 1
-            check(idle < 100_000, f"the grammar gives only {len(values)} different rows of {min_len} to "
+            check(idle < 100_000, f"the grammar gives only {len(rows)} different rows of {min_len} to "
                   f"{max_len} tokens with --max_depth={max_depth}: lower --min_len or --rows, or raise "
                   "--max_len or --max_depth")
-            drawn = listops_row(draw, max_len, max_depth)
-            if drawn is None:
-                continue
-            row, value = drawn
-            if min_len < len(row) < max_len and bytes(row) not in seen:
+            row, value = listops_row(draw, max_len, max_depth)
+            if min_len < len(row) < max_len and row not in seen:
                 idle = 0
-                seen.add(bytes(row))
-                ids += row
-                lengths.append(len(row))
+                seen.add(row)
+                rows.append(np.frombuffer(row, np.uint8) + N_SPECIAL)
                 values.append(value)
                 bar.update()
-    return np.frombuffer(ids, np.uint8) + N_SPECIAL, np.array(lengths), np.array(values)
+    return rows, np.array(values)
 
 def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10, test_rows=2000):
     """Nested lists of digits, what is their value? The grammar of Long Range Arena (arXiv 2011.04006): an
@@ -749,14 +742,18 @@ def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10
         splits[split] = listops_rows(draw, count, min_len, max_len, max_depth, seen)
     with contextlib.suppress(SystemExit):  # so shallow a tree may not get twice as long
         splits["long"] = listops_rows(draw, -(-test_rows // 2), max_len, 2 * max_len, max_depth, seen)
-    roots = {split: ids[np.cumsum(n) - n] - N_SPECIAL - 10 for split, (ids, n, _) in splits.items()}
     digits = [str(d) for d in range(10)]
     spec = {"kind": "words", "words": digits + OPERATORS + ["]"]}
     meta = write_labelled(out, spec, splits, max_len, classes=digits)
-    best = [np.bincount(splits["train"][2][roots["train"] == op], minlength=1).argmax() for op in range(4)]
-    for split, (_, _, values) in splits.items():
-        right = np.take(best, roots[split]) == values
-        meta["splits"][split]["trivial"]["root operator"] = float(right.mean())
+    # what the first operator alone tells: its most frequent value in train
+    roots = {split: np.array([row[0] for row in rows]) for split, (rows, _) in splits.items()}
+    answer = {}
+    for root in np.unique(roots["train"]):
+        values = splits["train"][1][roots["train"] == root]
+        answer[root] = np.bincount(values).argmax()
+    for split, (_, values) in splits.items():
+        right = [answer.get(root) == value for root, value in zip(roots[split], values)]
+        meta["splits"][split]["trivial"]["root operator"] = float(np.mean(right))
     return meta
 
 def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6, test_rows=2000):
@@ -781,8 +778,9 @@ def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6, test_rows=2000):
         label[:, :asked, 0] = minus.cumsum(1)[:, :asked] % 2
         group[..., 0] = np.arange(links) + 1
         order = rng.random(names.shape).argsort(1)[..., None]
-        ids, label, group = (np.take_along_axis(v, order, 1).ravel() for v in (clauses, label, group))
-        splits[split] = ids + N_SPECIAL, np.full(count, 5 * links), label, group
+        splits[split] = []
+        for values in (clauses + N_SPECIAL, label, group):  # told in another order
+            splits[split].append(np.take_along_axis(values, order, 1).reshape(count, -1))
     return write_labelled(out, {"kind": "words", "words": words}, splits, 5 * n_links, classes=["+1", "-1"],
                           pool="token", groups="link", asked_every=5,
                           note=f"train and val ask for the first {n_tr} of {n_links} links, test for all")
@@ -792,26 +790,27 @@ def recall(out, seed=1337, rows=50_000, n_pairs=32, n_keys=128, test_rows=2000):
     order, for its value. 1, 2, 4, ... n_pairs pairs a row; split long has 2 and 4 times n_pairs."""
     check(1 <= n_pairs <= n_keys, f"--n_pairs={n_pairs}, --n_keys={n_keys}: needs 1 <= n_pairs <= n_keys, as "
           "a key has one value")
-    rng, splits = np.random.default_rng(seed), {}
+    rng, splits, chance = np.random.default_rng(seed), {}, {}
     powers = [2**i for i in range(n_pairs.bit_length())]
     cases = [("train", rows, powers), ("val", 1000, powers), ("test", test_rows, powers)]
     if 2 * n_pairs <= n_keys:
         cases.append(("long", -(-test_rows // 2), [p for p in (2 * n_pairs, 4 * n_pairs) if p <= n_keys]))
     for split, count, sizes in cases:
         pairs = rng.choice(sizes, count)
-        ids, label = [], []
+        ids, label, group = [], [], []
         for p in pairs:
             told = np.stack((rng.permutation(n_keys)[:p], n_keys + rng.integers(0, n_keys, p)), 1)
             again = rng.permutation(told)
-            ids += [told.ravel(), again.ravel()[:-1]]  # after the last answer nothing is asked
+            ids.append(np.r_[told.ravel(), again.ravel()[:-1]] + N_SPECIAL)  # nothing is asked after the last
             label.append(np.full(4 * p - 1, -1))
             label[-1][2 * p::2] = again[:, 1] + N_SPECIAL
-        group = np.repeat(pairs, 4 * pairs - 1)
-        splits[split] = np.concatenate(ids) + N_SPECIAL, 4 * pairs - 1, np.concatenate(label), group
+            group.append(np.full(4 * p - 1, p))
+        splits[split] = ids, label, group
+        chance[split] = float(count / pairs.sum())  # one of p values, p times a row
     spec = {"kind": "words", "words": [f"{letter}{i}" for letter in "kv" for i in range(n_keys)]}
     meta = write_labelled(out, spec, splits, 4 * n_pairs, groups="pairs", arch="decoder")
-    for split, (_, _, label, group) in splits.items():
-        meta["splits"][split]["trivial"] = {"a value of the row": float((1 / group[label >= 0]).mean())}
+    for split in splits:
+        meta["splits"][split]["trivial"] = {"a value of the row": chance[split]}
     return meta
 
 # size: length and thickness of a dash, gaps (the wide one fits less often), distance kept between contours
@@ -924,30 +923,30 @@ DATASETS = {data_set.__name__: data_set for data_set in (
     numbers, multi30k, wmt16, text, parallel, table, listops, lego, recall, pathfinder, imdb, cifar10, arxiv)}
 
 # ---- what train.py and sample.py import ----
-def crc32(path):  # of a file, a block at a time
-    value = 0
-    with open(path, "rb") as f:
-        while block := f.read(2**24):
-            value = zlib.crc32(block, value)
-    return value
+def crc32(path):
+    return zlib.crc32(np.memmap(path, np.uint8, "r")) if os.path.getsize(path) else 0
 
 def checksum(meta):  # of all of meta.json but itself
     rest = {key: value for key, value in meta.items() if key != "checksum"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
-def plausible(meta):  # may train.py trust what a well-formed meta.json claims, whoever wrote it?
+def plausible(meta):
+    """May train.py trust what a well-formed meta.json claims, whoever wrote it?"""
     kinds = dict(name=str, arch=str, metric=str, dtype=str, vocab_size=int, block_size=int, tokenizer=dict,
                  splits=dict, files=dict, skipped=dict, seconds=(int, float))
-    fine = all(isinstance(meta[key], kind) for key, kind in kinds.items())
+    known = dict(arch=("encdec", "encoder", "decoder"), metric=("exact", "bleu", "bpb", "acc"),
+                 dtype=("uint16", "uint32"), bleu_tokenizer=("13a", "zh", "char", None))
+    fine = [isinstance(meta[key], kind) for key, kind in kinds.items()]
+    fine += [meta.get(key) in values for key, values in known.items()]
     for split in {"train", "val", "test"} | meta["splits"].keys():
         s = meta["splits"][split]
-        sizes = s["rows"], np.min(s["tokens"]), np.max(s["longest"]) + 1
-        fine = fine and dict(s["trivial"]) and min(sizes) >= 1
-    return (fine and meta["arch"] in ("encdec", "encoder", "decoder") and 1 <= meta["block_size"] <= 2**24
-            and meta.get("bleu_tokenizer", "13a") in ("13a", "zh", "char")
-            and meta["metric"] in ("exact", "bleu", "bpb", "acc") and meta["dtype"] in ("uint16", "uint32")
-            and meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size
-            and (meta["arch"] != "encoder" or 1 <= meta["n_classes"] == len(meta["classes"])))
+        fine.append(s["rows"] >= 1 and np.min(s["tokens"]) >= 1 and np.min(s["longest"]) >= 0)
+        fine.append(dict(s["trivial"]))
+    fine.append(1 <= meta["block_size"] <= 2**24)
+    fine.append(meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size)
+    if meta["arch"] == "encoder":
+        fine.append(1 <= meta["n_classes"] == len(meta["classes"]))
+    return all(fine)
 
 def load_meta(folder):
     """meta.json of a data set whose files are all there and unchanged."""
@@ -1363,34 +1362,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: " + " ".join(message.split()) + "\n")
 
 def summary(folder, meta, seconds):
-    def both(x):
-        return " + ".join(f"{n:,}" for n in np.ravel(x))
     sizes = f"vocab {meta['vocab_size']:,}, block_size {meta['block_size']}"
     print(f"{folder}: {meta['arch']}, {sizes}, {seconds:.1f} s")
     for split, s in meta["splits"].items():
-        tokens, longest = both(s["tokens"]), both(s["longest"])
+        tokens, longest = (" + ".join(f"{n:,}" for n in np.ravel(s[what])) for what in ("tokens", "longest"))
         print(f"  {split:5s} | rows {s['rows']:,} | tokens {tokens} | longest {longest}")
     for reason, count in meta["skipped"].items():
         print(f"  {count:,} rows {reason}")
-    trivial = meta["splits"]["test"]["trivial"].items()
-    print("  trivial scores on test |", ", ".join(f"{name} {score:.3f}" for name, score in trivial))
-    if (n := meta["splits"]["test"]["rows"]) < 100 and meta["arch"] != "decoder":
-        print(f"  warning: test has only {n} rows, a score on so few means little")
+    test = meta["splits"]["test"]
+    trivial = ", ".join(f"{name} {score:.3f}" for name, score in test["trivial"].items())
+    print("  trivial scores on test |", trivial)
+    if test["rows"] < 100 and meta["arch"] != "decoder":
+        print(f"  warning: test has only {test['rows']} rows, a score on so few means little")
     if meta["note"]:
         print(f"  {meta['note']}")
     if meta["arch"] == "encdec":
-        first = (read_text(f"{folder}/test.{side}.txt").split("\n")[0] for side in ("src", "tgt"))
+        first = [read_text(f"{folder}/test.{side}.txt").split("\n")[0] for side in ("src", "tgt")]
         print("  test 0 |", " -> ".join(first))
     elif os.path.exists(f"{folder}/samples.png"):
         print(f"  16 images are drawn in {folder}/samples.png")
     else:
-        ids = np.fromfile(f"{folder}/train{'.src' * ('labels' in meta)}.bin", dtype=meta["dtype"], count=64)
+        stem = "train.src" if "labels" in meta else "train"
+        ids = np.fromfile(f"{folder}/{stem}.bin", dtype=meta["dtype"], count=64)
         print(f"  train begins | {Tokenizer(meta['tokenizer']).decode(ids)[:100]!r}")
 
 def main():
     parser = Parser(description=__doc__)
     parser.add("--dataset", default="numbers", help=", ".join(DATASETS))
-    parser.add("--source", help="a file, files joined by commas, or a folder in the hub's own layout")
+    parser.add("--source", help="a file, files joined by commas, a folder of *.txt or in the hub's layout")
     parser.add("--text", help="table: the column of the texts [text]")
     parser.add("--label", help="table: the column of the labels [label]")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")

@@ -2283,7 +2283,7 @@ def test_text_is_prepared_alike_for_training_and_asking(work, tmp_path):
     assert {run("sample.py", *ask, f"--start={line}", cwd=work) for line in ("one hundred 7", "one\u00a0hundred\u30007", "\tone\u2028hundred\n7")} == {first + "\n"}
 
 
-@each("run_of", [" ", "\u3000", "x"])
+@each("run_of", [" ", "\u3000", "x", "7", "\n", "\u0301"])
 def test_long_runs_do_not_reach_the_tokenizer(run_of):
     # catches: a library that panics at a million blanks, in training a BPE or in using it
     text = "a cat" + run_of * 1_000_000 + "sat"
