@@ -358,13 +358,11 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 sums = np.zeros(3)  # since the last line of log.csv: losses, without label smoothing, and steps
 iter_num, best_loss, seconds, evaluated, skipped, in_a_row = ((ckpt or COUNTERS)[name] for name in COUNTERS)
 if ckpt:
-    configured = [dict(group) for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(ckpt["optimizer"])
+        # its moments, with the settings of today
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=ckpt["optimizer"]["state"]))
         if scaler.is_enabled() and ckpt["scaler"]:  # a run that comes from a CPU has none
             scaler.load_state_dict(ckpt["scaler"])
-        for group, fresh in zip(optimizer.param_groups, configured):
-            group.update({k: v for k, v in fresh.items() if k != "params"})
         for q, moments in optimizer.state.items():
             assert all(v.shape == q.shape for k, v in moments.items() if k != "step")
         sums += ckpt.get("sums", 0)  # which earlier checkpoints have not
