@@ -95,11 +95,10 @@ class ModelConfig:
         names = self.mixer.split(",")
         return replace(self, mixer=names[i % len(names)])
 
-RANGES = dict(
-    window=(0, 2**24), vocab_size=(1, 2**24), block_size=(1, 2**24), n_classes=(1, 2**20), pad_id=(0, 2**24),
-    n_layer=(1, 999), n_head=(1, 2**16), n_embd=(1, 2**16), n_features=(0, 2**20),
-    dropout=(0, 0.999), label_smoothing=(0, 0.99), cross_ratio=(1e-6, 1e6))
-CHOICES = dict(  # and of mixers, below
+RANGES = dict(window=(0, 2**24), vocab_size=(1, 2**24), block_size=(1, 2**24), n_classes=(1, 2**20),
+              pad_id=(0, 2**24), n_layer=(1, 999), n_head=(1, 2**16), n_embd=(1, 2**16), dropout=(0, 0.999),
+              n_features=(0, 2**20), label_smoothing=(0, 0.99), cross_ratio=(1e-6, 1e6))
+CHOICES = dict(
     arch=("encdec", "encoder", "decoder"), cross=("auto", "attention", "wersa", "aligned", "place"),
     pos=("rope", "learned", "none"), pool=("mean", "cls", "token"), feature_map=("relu", "exp"),
     wavelet=("haar", *(f"db{n}" for n in range(2, 21))), inner=("attention", "wersa", "fourier"),
@@ -108,12 +107,12 @@ CHOICES = dict(  # and of mixers, below
 
 def wide(x):  # half precision becomes float32, where sums over T belong; float64 stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
-def no_autocast(x):  # which would round them; meta tensors have none
+def no_autocast(x):  # which would round them; meta has none
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 def functorch(x):  # is torch.func at work on this tensor?
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
-def may_look(x):  # may Python look at values? not while compiling, nor where it would wait for a GPU
+def may_look(x):  # at values: not while compiling, nor where a GPU is waited for
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not functorch(x)
 
 def as_mask(mask):
@@ -127,7 +126,7 @@ def as_mask(mask):
 
 def masked(x, mask):  # x (B, T, C), zero where mask (B, T) is False
     return x if mask is None else x * mask[..., None]
-def lengths(mask):  # mask (B, T) -> (B,) index of the last real token + 1, at least 1
+def lengths(mask):  # mask (B, T) -> (B,) index of the last real token + 1
     return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(-1).clamp(min=1)
 
 def rotary(x, pos):
@@ -153,7 +152,7 @@ def attend(q, k, v, mask=None, causal=False, window=0):
     return F.scaled_dot_product_attention(q, k, v, seen)
 
 class Attention(nn.Module):
-    """Softmax attention (B,T,C) -> (B,T,C), through torch's flash kernels where there is no mask."""
+    """Softmax attention (B,T,C) -> (B,T,C), flash where there is no mask."""
     def __init__(self, cfg, causal=False):
         super().__init__()
         self.n_head, self.head_size = cfg.n_head, cfg.n_embd // cfg.n_head
@@ -168,7 +167,7 @@ class Attention(nn.Module):
     def placed(self, x, t, ratio=1):  # x (B, H, T, dh), its first token at place t
         return rotary(x, torch.arange(t, t + x.size(2), device=x.device) * ratio) if self.rope else x
 
-    def init_state(self, B, device=None, dtype=None):  # the position, keys and values so far or in the window
+    def init_state(self, B, device=None, dtype=None):  # position, keys and values
         empty = torch.zeros(B, self.n_head, 0, self.head_size, device=device, dtype=dtype)
         return 0, empty, empty
 
@@ -383,7 +382,7 @@ def dwt(x, h="haar", levels=None):
     return [band.unflatten(0, x.shape[:-2]) for band in bands]
 
 def idwt(bands, h="haar", n=None):
-    """The inverse of dwt -> (..., T, C), cropped to n samples if n is given (else one more for an odd T)."""
+    """The inverse of dwt -> (..., T, C), cropped to n samples, else one more for an odd T."""
     h = as_taps(h, bands[0])
     x = up([band.flatten(0, -3) for band in bands], [(h, mirror(h))] * (len(bands) - 1))
     return x[:, :n].unflatten(0, bands[0].shape[:-2])
@@ -414,7 +413,7 @@ def lattice_angles(h):
 class Haar(nn.Module):
     """LMWT (arXiv 2504.08801, section 3): per level four vectors in R^C,
          a_i = alpha * x_2i + beta * x_2i+1,   d_i = gamma * x_2i + delta * x_2i+1,   a recurses,
-       then the bands, weighed per level and channel, are added up and projected. Linear in T.
+       then the bands, weighed per level and channel, are added up and projected.
     Differs from the paper: undecimated, a_l[t] = alpha * a_{l-1}[t - 2^(l-1)] + beta * a_{l-1}[t], centred on
     t in an encoder. Decimated, nothing leaves a 2^L block, as all layers share a grid, and a decoder sees the
     rest of it; either half has its own weight, as plain tiling makes out_2i = out_2i+1, of rank T/2."""
@@ -466,9 +465,9 @@ class Haar(nn.Module):
             details.append(filtered(a, high))
             mask = mask.unflatten(1, (-1, 2)).any(2)
             a = masked(filtered(a, low), mask)
-        y = self.weight[self.L] * a[:, :, None]  # (B, K, 2, C)
+        y = self.weight[self.L] * a[:, :, None]
         for d, w in zip(reversed(details), self.weight[:self.L].flip(0)):
-            y = (y + w * d[:, :, None]).flatten(1, 2)[:, :, None]  # (B, 2K, 1, C)
+            y = (y + w * d[:, :, None]).flatten(1, 2)[:, :, None]  # (B, K, 2, C) -> (B, 2K, 1, C)
         return y[:, :T, 0].clone(memory_format=torch.contiguous_format)  # never a view: one graph
 
 class Wavspa(nn.Module):
@@ -524,11 +523,11 @@ def features(x, R, kind, query=False):
     R = R * m ** -0.5
     return F.relu(x @ R if query else R.mT @ x.mT)
 
-def normalise(y):  # sums (..., dh + 1) -> the first dh over the last, 0 where nothing was seen
+def normalise(y):  # sums (..., dh + 1) -> the first dh over the last
     return y[..., :-1] / (y[..., -1:] + 1e-6)
 
 def again(f, x, *more):
-    """f of a segment, made anew in the backward pass: no T x m tensor is ever stored."""
+    """f of a segment, made anew in the backward pass: no T x m tensor is stored."""
     if x.size(2) < SEGMENT or not torch.is_grad_enabled() or functorch(x):
         return f(x, *more)
     return checkpoint(f, x, *more, use_reentrant=False, preserve_rng_state=False)
@@ -573,7 +572,7 @@ class Wersa(Attention):
             self.filter = nn.Sequential(nn.Linear(cfg.n_embd, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                                         nn.Linear(64, cfg.n_head * (self.L + 1)), nn.Sigmoid())
 
-    def init_state(self, B, device=None, dtype=None):  # of one size, whatever T
+    def init_state(self, B, device=None, dtype=None):
         (dh, m), kind = self.R.shape, torch.promote_types(dtype or torch.float32, torch.float32)
         total = torch.zeros(B, 1, self.n_head * dh, device=device, dtype=kind)
         S = torch.zeros(B, self.n_head, m, dh + 1, device=device, dtype=kind)
@@ -621,7 +620,7 @@ class Wersa(Attention):
 
 class Gated(nn.Module):
     """c_proj(mixed * silu(W x)): each token weighs what was mixed for it (arXiv 2505.06708, there a sigmoid).
-    haar is linear in x without it. The projection is the mixer's own where it has one."""
+    haar is linear in x without it. The projection is the mixer's own."""
     def __init__(self, mixer, cfg):
         super().__init__()
         self.mixer = mixer
@@ -660,7 +659,6 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, memory, mask=None):
         return self.read(x, self.digest(memory, mask))
-
     def digest(self, memory, mask=None):
         k, v = (self.heads(u) for u in self.c_kv(memory).chunk(2, -1))
         return self.placed(k, 0), v, as_mask(mask)
@@ -733,8 +731,7 @@ class Aligned(CrossAttention):
             logits = logits + q @ kv[:, :, :, 0].mT / math.sqrt(C // H)  # kv (B, chunks, H, k or v, R, dh)
         weights = logits.masked_fill(slot < 0, -1e9).softmax(-1)
         y = (weights @ kv[:, :, :, -1]).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, chunks * c, C)
-        y = y[:, :T].to(x.dtype).clone(memory_format=torch.contiguous_format)  # never a view: one graph
-        return self.c_proj(y)
+        return self.c_proj(y[:, :T].to(x.dtype).clone(memory_format=torch.contiguous_format))  # as in haar
 
 CROSSES = {"attention": CrossAttention, "wersa": CrossWersa, "aligned": Aligned, "place": Aligned}
 
@@ -793,7 +790,7 @@ class WaveletTransformer(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def num_params(self, part=None):  # part: mixer, cross, mlp, wte ...
+    def num_params(self, part=None):  # of mixer, cross, mlp, wte
         return sum(p.numel() for n, p in self.named_parameters() if part is None or part in n.split("."))
 
     def embed(self, idx, t=0):
@@ -807,7 +804,7 @@ class WaveletTransformer(nn.Module):
 
     def encode(self, src):  # ids (B, S) -> memory (B, S, C), mask (B, S)
         mask, x = as_mask(src != self.config.pad_id), self.embed(src)
-        if self.config.arch == "encoder" and self.cls is not None:
+        if getattr(self, "cls", None) is not None:
             x = torch.cat((self.cls.expand(x.size(0), 1, -1), x), 1)
             mask = F.pad(mask, (1, 0), value=True)
         for block in self.encoder:
@@ -856,20 +853,19 @@ class WaveletTransformer(nn.Module):
         return self.lm_head(self.ln_f(x)), dict(state, t=t + idx.size(1), mixers=mixers)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, src=None, temperature=1.0, top_k=None, eos_id=-1):
+    def generate(self, idx, max_new_tokens, src=None, temperature=1.0, top_k=None):
         """Continue idx (B,T) -> (B, T + max_new_tokens); temperature 0 = argmax. Rows of unequal length,
-        padded behind, go on each at its own end, and after eos_id as pad_id. The prompt is read at once, what
-        outlasts its shortest row by the token."""
+        padded behind, go on each at its own end. The prompt is read at once, what outlasts its shortest row
+        by the token."""
         check(temperature >= 0, f"--temperature={temperature} must be at least 0")
         check(top_k is None or top_k >= 1, f"--top_k={top_k} must be at least 1")
-        check(idx.size(1) >= 1 and max_new_tokens >= 0, "generate takes a token or more and adds 0 or more")
+        check(idx.size(1) > 0 <= max_new_tokens, "generate takes a token or more and adds 0 or more")
         was_training, n = self.training, lengths(as_mask(idx != self.config.pad_id))
-        stop = n + max_new_tokens  # where each row ends
-        ids, t, end = F.pad(idx, (0, max_new_tokens), value=self.config.pad_id), 0, int(n.min())
+        ids, t = F.pad(idx, (0, max_new_tokens), value=self.config.pad_id), 0
         try:
             self.eval()
             state = self.init_state(len(idx), src)
-            while (end < stop).any():
+            for end in range(int(n.min()), int(n.max()) + max_new_tokens):
                 logits, state = self.decode(ids[:, t:end], state)
                 logits = wide(logits[:, -1]) / (temperature or 1)
                 if top_k is not None:
@@ -878,13 +874,12 @@ class WaveletTransformer(nn.Module):
                 new = logits.argmax(-1)
                 if temperature > 0:
                     new = torch.multinomial(logits.softmax(-1), 1)[:, 0]
-                mine = (n <= end) & (end < stop)  # the others are still in the prompt, or done
+                mine = (n <= end) & (end < n + max_new_tokens)  # others are in the prompt still, or done
                 ids[:, end] = torch.where(mine, new, ids[:, end])
-                stop = torch.where(mine & (new == eos_id), end + 1, stop)
-                t, end = end, end + 1
+                t = end
         finally:
             self.train(was_training)
-        return ids[:, :max(int(stop.max()), idx.size(1))]
+        return ids
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW: linear and embedding weights decay; norms, biases, taps and level weights do not."""
@@ -893,3 +888,13 @@ class WaveletTransformer(nn.Module):
         rest = [p for p in self.parameters() if id(p) not in matrices]
         groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+
+if __name__ == "__main__":  # a tour
+    x = torch.randn(1, 100, 64, requires_grad=True)
+    for name in ("attention", "haar", "wavspa", "wersa"):
+        mixer = build_mixer(ModelConfig(mixer=name, n_embd=64), causal=True)
+        size = sum(p.numel() for p in mixer.parameters())
+        y, state = mixer(x, state=mixer.init_state(1))
+        kept = sum(torch.as_tensor(s).numel() for s in torch.utils._pytree.tree_leaves(state))
+        leak = torch.autograd.grad(y[:, :50].sum(), x)[0][:, 50:].abs().max()
+        print(f"{name}: {size:,} parameters, state {kept:,} numbers, leak {leak:g}")
