@@ -151,8 +151,7 @@ def beam_search(model, src, bos_id, eos_id, max_new_tokens, beam=4, length_penal
                 break
     finally:
         model.train(was_training)
-    normed = score / ((5 + length) / 6) ** length_penalty
-    return ids[first + normed.view(B, beam).argmax(-1), 1:]
+    return ids[first, 1:]  # topk puts the best of each row first
 
 def collate(rows, head=(), tail=(), fill=PAD, most=2**31):
     """Lists of ids -> (B, T) int64, each between head and tail, filled up to a multiple of 8, or most."""
@@ -225,48 +224,47 @@ def read_image(name, shape):
     return (grey.round().astype(int).ravel() + N_SPECIAL).tolist()
 
 @torch.no_grad()
-def learned(model, show=lambda line: None):
-    """What the wavelet layers have learned -> {layer: [(moved, weight) of level 1, 2, ...]}: how far the taps
-    went, and the band's weight (haar), embedding (wavspa) or gain (wersa), all RMS. show=print says it."""
-    lines = {}
+def show_wavelets(model, path):
+    """What the wavelet layers have learned, printed and drawn, by level: how far the taps moved, and the band's
+    weight (haar), embedding (wavspa) or gain (wersa), all RMS."""
+    found = {}
     start = torch.stack(Wavelet(model.config.wavelet).filters(0))  # (2, F, 1)
     for name, m in model.named_modules():
         if not isinstance(m, (Haar, Wavspa, Wersa)) or m.L == 0:
             continue
-        taps = [torch.stack(m.wavelet.filters(l)) for l in range(m.L)]  # (2, F, C) each
-        moved = [(now.cpu() - start).square().mean().sqrt().item() for now in taps]
         if isinstance(m, Haar):
             bands = m.weight.flatten(1)
         else:
             bands = m.band.flip(0) if isinstance(m, Wavspa) else m.scale.T.flip(0)
         weight = bands.square().mean(1).sqrt().tolist()  # d_1, ..., d_L, a_L
-        x = torch.randn(1, 64, taps[0].size(-1), device=bands.device)
+        x = torch.randn(1, 64, m.wavelet.C, device=bands.device)
         error = (m.wavelet.idwt(m.wavelet.dwt(x)) - x).abs().max()
-        show(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}, "
-             f"reconstruction error {error:.1e}\n  level   moved  weight  mean low-pass | high-pass")
+        print(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}, "
+              f"reconstruction error {error:.1e}\n  level   moved  weight  mean low-pass | high-pass")
+        found[name] = []
         for l in range(m.L):
-            low, high = (" ".join(f"{tap:.3f}" for tap in h) for h in taps[l].mean(-1))
-            show(f"  {l + 1:5d} {moved[l]:7.3f} {weight[l]:7.3f}  {low} | {high}")
-        show(f"    a_L         {weight[-1]:7.3f}")
-        lines[name] = list(zip(moved, weight))
-    return lines
-
-def show_wavelets(model, path):
-    """learned, printed and as a picture."""
-    lines = learned(model, print)
-    if not lines:
+            taps = torch.stack(m.wavelet.filters(l)).cpu()  # (2, F, C)
+            moved = (taps - start).square().mean().sqrt().item()
+            low, high = (" ".join(f"{tap:.3f}" for tap in h) for h in taps.mean(-1))
+            print(f"  {l + 1:5d} {moved:7.3f} {weight[l]:7.3f}  {low} | {high}")
+            found[name].append((moved, weight[l]))
+        print(f"    a_L         {weight[-1]:7.3f}")
+    if not found:
         raise SystemExit(f"--show=wavelets: this model of --mixer={model.config.mixer} has no wavelets")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for i, title in enumerate(("distance from the initial taps (RMS)", "weight of the band (RMS)")):
-        for name, rows in lines.items():
-            axes[i].plot(range(1, len(rows) + 1), [row[i] for row in rows], marker="o", label=name)
-        axes[i].set(xlabel="level", title=title, ylim=(0, None))
-    axes[0].legend(fontsize=7)
-    plt.savefig(path, dpi=120)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    titles = "distance from the initial taps (RMS)", "weight of the band (RMS)"
+    for i, ax in enumerate(figure.subplots(1, 2)):
+        for name, rows in found.items():
+            ax.plot(range(1, len(rows) + 1), [row[i] for row in rows], marker="o", label=name)
+        ax.set(xlabel="level", title=titles[i], ylim=(0, None))
+    ax.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
     print(f"drawn to {path}")
+
+def read_lines(path):
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]  # the last line's own line end
 
 def how_many(model, asked, n):
     """How many tokens to put behind n: as asked, else the block size, or what --pos=learned has room for."""
@@ -332,9 +330,7 @@ def main():
     refuse_idle(p, args, arch)
 
     if lines:
-        texts = read_text(args.input).replace("\r\n", "\n").split("\n")
-        if texts[-1] == "":  # the last line's own line end
-            texts.pop()
+        texts = read_lines(args.input)
     else:
         is_file = args.start.startswith("FILE:") and "image" not in meta
         texts = [read_text(args.start[5:]) if is_file else args.start] * args.num_samples
