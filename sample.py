@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import zipfile
+from itertools import chain
 
 import numpy as np
 import torch
@@ -106,6 +107,31 @@ def there(name):
     except (RuntimeError, AssertionError, ValueError):
         raise argparse.ArgumentTypeError(f"{name} is not there; cpu is")
 
+def draw(logits, temperature=0.0, top_k=None, top_p=1.0):
+    """logits (B, V) -> ids (B,): the likeliest, or one drawn among the top_k likeliest and the nucleus, the
+    fewest whose probabilities add up to top_p (arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    prob = logits.softmax(-1)
+    if top_p < 1:
+        ranked, ids = prob.sort(dim=-1, descending=True, stable=True)
+        before = ranked.cumsum(-1) - ranked
+        prob = prob.scatter(-1, ids, ranked.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(prob, 1)[:, 0]
+
+@torch.no_grad()
+def continued(model, ids, max_new_tokens, src=None, **how):
+    """ids (B, T) -> the token after them (B, 1), the one after that, ... as soon as each is there."""
+    state = model.init_state(len(ids), src)
+    for _ in range(max_new_tokens):
+        logits, state = model.decode(ids, state)
+        ids = draw(logits[:, -1], **how)[:, None]
+        yield ids
+
 def reorder(state, rows):
     """Pick rows (n,) of every tensor in a state: what a beam search does to its hypotheses."""
     if torch.is_tensor(state):
@@ -161,13 +187,25 @@ def collate(rows, head=(), tail=(), fill=PAD, most=2**31):
         out[i, :len(head) + len(row) + len(tail)] = [*head, *row, *tail]
     return torch.from_numpy(out)
 
-def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0.0, top_k=None,
-              batch_size=128, max_new_tokens=None, progress=False, block_size=None, heed=lambda: None):
+def answers(model, src, max_new_tokens, beam=1, length_penalty=0.6, **how):
+    """src (B, S) -> a list of ids for each row, without eos."""
+    if beam > 1:
+        ids = beam_search(model, src, BOS, EOS, max_new_tokens, beam, length_penalty)
+    else:
+        begin, new, ended = torch.full_like(src[:, :1], BOS), [], False
+        for ids in continued(model, begin, max_new_tokens, src, **how):
+            new.append(ids)
+            ended = ended | (ids == EOS)
+            if ended.all():
+                break
+        ids = torch.cat(new, 1)
+    return [row[:row.index(EOS)] if EOS in row else row for row in ids.tolist()]
+
+def translate(model, tokenizer, texts, beam=1, batch_size=128, max_new_tokens=None, progress=False,
+              block_size=None, heed=lambda: None, **how):
     """One string per text, in the order given, and how many were cut to block_size. Empty in, empty out.
     heed is called before each batch, and may raise."""
-    device = model.wte.weight.device
     block_size = block_size or model.config.block_size
-    max_new_tokens = max_new_tokens or block_size
     rows = [tokenizer.encode(plain(text)) for text in texts]
     cut = sum(len(row) > block_size - 1 for row in rows)
     out = [""] * len(texts)
@@ -176,16 +214,22 @@ def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0
     for start in tqdm(range(0, len(todo), batch_size), disable=not progress, unit="batch"):
         heed()
         batch = todo[start:start + batch_size]
-        src = collate([rows[i][:block_size - 1] for i in batch], tail=[EOS], most=block_size).to(device)
-        if beam > 1:
-            ids = beam_search(model, src, BOS, EOS, max_new_tokens, beam, length_penalty)
-        else:
-            begin = torch.full((len(batch), 1), BOS, device=device)
-            ids = model.generate(begin, max_new_tokens, src, temperature, top_k, EOS)[:, 1:]
-        for i, row in zip(batch, ids.tolist()):
-            end = row.index(EOS) if EOS in row else len(row)
-            out[i] = tokenizer.decode(row[:end])
+        src = collate([rows[i][:block_size - 1] for i in batch], tail=[EOS], most=block_size)
+        src = src.to(model.wte.weight.device)
+        for i, ids in zip(batch, answers(model, src, max_new_tokens or block_size, beam, **how)):
+            out[i] = tokenizer.decode(ids)
     return out, cut
+
+def say(tokenizer, stream):
+    """Print ids as they come; the bytes of a character wait until it is whole."""
+    held, between = [], ""
+    for i in stream:
+        held.append(i)
+        text = tokenizer.decode(held)
+        if text and not text.endswith("\ufffd"):
+            print(between + text, end="", flush=True)
+            held, between = [], " " if tokenizer.words else ""
+    print(tokenizer.decode(held))
 
 def classify(model, tokenizer, meta, texts, batch_size):
     """One line per text, its class and how likely that is, or the label of each token that is asked; and how
@@ -225,8 +269,8 @@ def read_image(name, shape):
 
 @torch.no_grad()
 def show_wavelets(model, path):
-    """What the wavelet layers have learned, printed and drawn, by level: how far the taps moved, and the band's
-    weight (haar), embedding (wavspa) or gain (wersa), all RMS."""
+    """What the wavelet layers have learned, printed and drawn, by level: how far the taps moved, and the
+    band's weight (haar), embedding (wavspa) or gain (wersa), all RMS."""
     found = {}
     start = torch.stack(Wavelet(model.config.wavelet).filters(0))  # (2, F, 1)
     for name, m in model.named_modules():
@@ -286,9 +330,9 @@ def refuse_idle(p, args, arch):
             ("num_samples", lines, "is for --start: leave it out"),
             ("beam", arch != "encdec", f"is for translations, not for --arch={arch}: leave it out"),
             ("length_penalty", args.beam == 1, "weighs beams: add --beam=4, or leave it out"),
-            ("temperature top_k", args.beam > 1, "draws, and --beam looks for the best: leave one out"),
-            ("temperature top_k num_samples max_new_tokens", encoder, "writes, but an encoder reads"),
-            ("top_k num_samples", args.temperature == 0, "draws, --temperature=0 does not: raise it")):
+            ("temperature top_k top_p", args.beam > 1, "draws, and --beam looks for the best: leave one out"),
+            ("temperature top_k top_p num_samples max_new_tokens", encoder, "writes, but an encoder reads"),
+            ("top_k top_p num_samples", args.temperature == 0, "draws, --temperature=0 does not: raise it")):
         for name in names.split():
             if idle and name in p.given:
                 p.error(f"--{name} {why}")
@@ -304,6 +348,7 @@ def main():
     p.add("--length_penalty", float, "exponent of the beams' length normalisation", -10, 10, default=0.6)
     p.add("--temperature", float, "0 = the likeliest token; default 0 to translate, 0.8 to continue", 0, 1e6)
     p.add("--top_k", int, "sample among the k likeliest tokens only", 1, 2**31)
+    p.add("--top_p", float, "sample among the likeliest that add up to this only", 1e-6, 1, default=1.0)
     p.add("--num_samples", int, "how many continuations or translations of --start", 1, 10**6, default=1)
     p.add("--max_new_tokens", int, "default: the block size, or what --pos=learned has room for", 1, 2**24)
     p.add("--batch_size", int, "lines at a time", 1, 2**31, default=128)
@@ -335,22 +380,24 @@ def main():
         is_file = args.start.startswith("FILE:") and "image" not in meta
         texts = [read_text(args.start[5:]) if is_file else args.start] * args.num_samples
     most, cut = model.config.block_size, 0
+    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if arch == "encoder":
         results, cut = classify(model, tokenizer, meta, texts, args.batch_size)
     elif arch == "encdec":
         most = most - 1  # and eos
         n = how_many(model, args.max_new_tokens, 1)
-        results, cut = translate(model, tokenizer, texts, args.beam, args.length_penalty, args.temperature,
-                                 args.top_k, args.batch_size, n, progress=lines)
+        results, cut = translate(model, tokenizer, texts, args.beam, args.batch_size, n, progress=lines,
+                                 length_penalty=args.length_penalty, **how)
         results = [" ".join(result.splitlines()) for result in results]
     else:
         for text in texts:
             ids = tokenizer.encode(text)
             if "labels" in meta or not ids:  # windows of one long text begin anywhere
                 ids = [BOS] + ids
-            n, start = how_many(model, args.max_new_tokens, len(ids)), torch.tensor([ids], device=args.device)
-            ids = model.generate(start, n, None, args.temperature, args.top_k)[0]
-            print(tokenizer.decode(ids.tolist()), "---------------", sep="\n")
+            n = how_many(model, args.max_new_tokens, len(ids))
+            new = continued(model, torch.tensor([ids], device=args.device), n, **how)
+            say(tokenizer, chain(ids, (i.item() for i in new)))
+            print("---------------", flush=True)
         return
     if cut:
         print(f"{cut} of {len(texts)} inputs were longer than {most} tokens and were cut", file=sys.stderr)
