@@ -4,6 +4,7 @@ Use a trained checkpoint: an encoder-decoder translates, a decoder continues tex
     python sample.py --start="four hundred and twenty-one"
     python sample.py --out_dir=out --input=test.en --output=test.de --beam=4
     python sample.py --out_dir=out-text --start=FILE:prompt.txt --top_k=50
+    python sample.py --out_dir=out --score=test.en,test.de --beam=4    # or --score=FILE: perplexity of a text
     python sample.py --show=wavelets          # what the wavelet layers have learned, as a table and a PNG
 
 A checkpoint carries its tokenizer, so nothing else is needed; one that was trained on a GPU runs on a CPU.
@@ -25,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 from model import MIXERS, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
-from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, plain, read_text, replacing, writable
+from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, first_gap, need, plain, read_text
+from prepare_data import replacing, writable
 
 FORMAT = 2  # of ckpt.pt and best.pt
 KINDS = dict(model=dict, model_args=dict, meta=dict, iter_num=int, best_loss=float)
@@ -306,6 +308,66 @@ def show_wavelets(model, path):
     figure.savefig(path, dpi=120)
     print(f"drawn to {path}")
 
+@torch.no_grad()
+def likelihood(model, rows, batch_size):
+    """Rows of ids (read, foretold) or (read, foretold, source) -> a line of what train.py's evaluation finds,
+    and the mean loss."""
+    loss_sum = hits = n = 0
+    for start in tqdm(range(0, len(rows), batch_size), unit="batch"):
+        sides = zip(*rows[start:start + batch_size])
+        idx, targets, *src = (collate(side, most=model.config.block_size) for side in sides)
+        tensors = [tensor.to(model.wte.weight.device) for tensor in (idx, targets, *src)]
+        logits, loss = model(*tensors)
+        asked = targets != PAD
+        loss_sum += loss.item() * asked.sum().item()
+        hits += (logits.argmax(-1).cpu() == targets)[asked].sum().item()
+        n += asked.sum().item()
+    loss = loss_sum / n
+    return f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}, token accuracy {hits / n:.4f} (n={n})", loss
+
+def score(model, tokenizer, meta, names, batch_size, n, **beams):
+    """What a decoder's text, or answers to the first file's lines held against the second's, score: lines to
+    print, how many texts there were, and how many of them were cut."""
+    T, arch, files = model.config.block_size, model.config.arch, names.split(",")
+    takes = "FILE" if arch == "decoder" else "FILE,FILE of lines that belong together"
+    if "image" in meta or meta.get("labels") == "token":
+        raise SystemExit("--score is for texts, and this checkpoint answers otherwise: see its result.json")
+    if len(files) != len(takes.split(",")):
+        raise SystemExit(f"--score={names} does not suit --arch={arch}, which takes --score={takes}")
+    if arch == "decoder":
+        text = read_text(names)
+        ids = tokenizer.encode(text)
+        if len(ids) < 2:
+            raise SystemExit(f"{names} has {len(ids)} tokens, and the first one is not foretold: add some")
+        windows = [ids[t:t + T + 1] for t in range(0, len(ids) - 1, T)]
+        line, loss = likelihood(model, [(row[:-1], row[1:]) for row in windows], batch_size)
+        bits = loss / math.log(2) * len(ids) / len(text.encode())
+        return [f"{line}, bits per byte {bits:.4f}"], 1, 0
+    texts, wanted = ([plain(line) for line in read_lines(name)] for name in files)
+    if len(texts) != len(wanted):
+        raise SystemExit(f"{files[0]} has {len(texts)} lines and {files[1]} has {len(wanted)}: they seem to "
+                         f"part near line {first_gap(texts, wanted) + 1}")
+    if not texts:
+        raise SystemExit(f"{files[0]} is empty")
+    if arch == "encoder":
+        answers, cut = classify(model, tokenizer, meta, texts, batch_size)
+        hits = [answer.rsplit("\t", 1)[0] == label for answer, label in zip(answers, wanted)]
+        return [f"accuracy {np.mean(hits):.4f} (n={len(hits)})"], len(texts), cut
+    sides = [[tokenizer.encode(line) for line in lines] for lines in (texts, wanted)]
+    cut = sum(max(len(src), len(tgt)) > T - 1 for src, tgt in zip(*sides))
+    rows = [([BOS] + tgt[:T - 1], tgt[:T - 1] + [EOS], src[:T - 1] + [EOS]) for src, tgt in zip(*sides)]
+    line, _ = likelihood(model, rows, batch_size)
+    answers, _ = translate(model, tokenizer, texts, batch_size=batch_size, max_new_tokens=n, progress=True,
+                           **beams)
+    if meta["metric"] == "exact":
+        hits = [answer == line for answer, line in zip(answers, wanted)]
+        result = f"exact match {np.mean(hits):.4f} (n={len(hits)})"
+    else:
+        bleu = need("sacrebleu").metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"))
+        found = bleu.corpus_score(answers, [wanted]).score
+        result = f"BLEU {found:.4f} (n={len(answers)}), {bleu.get_signature()}"
+    return [f"{line}, given the true tokens before each", result], len(texts), cut
+
 def read_lines(path):
     lines = read_text(path).replace("\r\n", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]  # the last line's own line end
@@ -325,9 +387,13 @@ def refuse_idle(p, args, arch):
     """A typed flag that would change nothing ends in one sentence."""
     lines, encoder = args.input is not None, arch == "encoder"
     for names, idle, why in (
-            ("input output batch_size", arch == "decoder", "is for lines, a decoder takes --start=FILE:name"),
+            ("input output", arch == "decoder", "is for lines, a decoder takes --start=FILE:name"),
+            ("batch_size", arch == "decoder" and not args.score, "is for lines or --score: leave it out"),
             ("start", lines, "and --input both say what to read: leave one out"),
-            ("num_samples", lines, "is for --start: leave it out"),
+            ("start input", args.score, "does not go with --score: leave one out"),
+            ("temperature top_k top_p", args.score, "draws, and --score looks for the best: leave one out"),
+            ("num_samples", lines or args.score, "is for --start: leave it out"),
+            ("max_new_tokens", args.score and arch == "decoder", "writes, --score foretells: leave one out"),
             ("beam", arch != "encdec", f"is for translations, not for --arch={arch}: leave it out"),
             ("length_penalty", args.beam == 1, "weighs beams: add --beam=4, or leave it out"),
             ("temperature top_k top_p", args.beam > 1, "draws, and --beam looks for the best: leave one out"),
@@ -343,6 +409,7 @@ def main():
     p.add("--ckpt", help="best.pt (lowest validation loss) or ckpt.pt (last)", default="best.pt")
     p.add("--start", help="text to translate, continue or classify; FILE:name reads it from a file")
     p.add("--input", help="a file to translate or classify line by line")
+    p.add("--score", help="a text to foretell, or FILE,FILE: what to translate or classify, and the answers")
     p.add("--output", writable, "where the lines go; default: standard output")
     p.add("--beam", int, "beams of a translation; 1 = greedy", 1, 1000, default=1)
     p.add("--length_penalty", float, "exponent of the beams' length normalisation", -10, 10, default=0.6)
@@ -357,8 +424,8 @@ def main():
     p.add("--mixers_from", help="a Python file that registers more mixers in model.MIXERS first")
     p.add("--show", help="print what the wavelet layers have learned, and draw it", choices=["wavelets"])
     args = p.parse_args()
-    if not args.start and args.input is None and not args.show:
-        p.error('say what to read: --start="some text", --start=FILE:name or --input=FILE')
+    if not args.start and args.input is None and not args.show and not args.score:
+        p.error('say what to read: --start="some text", --start=FILE:name, --input=FILE or --score=FILE')
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head is no error
     if args.mixers_from:
@@ -374,20 +441,26 @@ def main():
         args.temperature = 0.8 if arch == "decoder" else 0.0
     refuse_idle(p, args, arch)
 
+    most, cut, room = model.config.block_size, 0, None
+    if arch == "encdec":
+        most = most - 1  # and eos
+        room = how_many(model, args.max_new_tokens, 1)
+    drawn = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    beams = dict(beam=args.beam, length_penalty=args.length_penalty)
+    texts = []
     if lines:
         texts = read_lines(args.input)
-    else:
+    elif args.start:
         is_file = args.start.startswith("FILE:") and "image" not in meta
         texts = [read_text(args.start[5:]) if is_file else args.start] * args.num_samples
-    most, cut = model.config.block_size, 0
-    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    if arch == "encoder":
+    n = len(texts)
+    if args.score:
+        results, n, cut = score(model, tokenizer, meta, args.score, args.batch_size, room, **beams)
+    elif arch == "encoder":
         results, cut = classify(model, tokenizer, meta, texts, args.batch_size)
     elif arch == "encdec":
-        most = most - 1  # and eos
-        n = how_many(model, args.max_new_tokens, 1)
-        results, cut = translate(model, tokenizer, texts, args.beam, args.batch_size, n, progress=lines,
-                                 length_penalty=args.length_penalty, **how)
+        results, cut = translate(model, tokenizer, texts, batch_size=args.batch_size, max_new_tokens=room,
+                                 progress=lines, **beams, **drawn)
         results = [" ".join(result.splitlines()) for result in results]
     else:
         for text in texts:
@@ -395,12 +468,12 @@ def main():
             if "labels" in meta or not ids:  # windows of one long text begin anywhere
                 ids = [BOS] + ids
             n = how_many(model, args.max_new_tokens, len(ids))
-            new = continued(model, torch.tensor([ids], device=args.device), n, **how)
+            new = continued(model, torch.tensor([ids], device=args.device), n, **drawn)
             say(tokenizer, chain(ids, (i.item() for i in new)))
             print("---------------", flush=True)
         return
     if cut:
-        print(f"{cut} of {len(texts)} inputs were longer than {most} tokens and were cut", file=sys.stderr)
+        print(f"{cut} of {n} inputs were longer than {most} tokens and were cut", file=sys.stderr)
     if args.output is None:
         return print("\n".join(results))
     try:

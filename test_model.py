@@ -1318,6 +1318,50 @@ def test_tokens_are_printed_as_they_come(kind):
     assert at == texts
 
 
+def scored(text):  # "loss 1.5, exact match 0.2" -> {name: value}
+    return {name: float(value) for name, value in re.findall(r"([A-Za-z][A-Za-z ]+) (-?[\d.]+\d)", text)}
+
+
+def test_score_is_what_training_found(work, tmp_path):
+    # catches: windows that overlap, a row's eos left out, a mean over batches, pairs that drift apart in silence
+    test = json.load(open(os.path.join(work, "whole", "result.json")))["test"]
+    shutil.copytree(os.path.join(work, "data", "numbers"), tmp_path / "d")
+    files = [str(tmp_path / "d" / f"test.{side}.txt") for side in ("src", "tgt")]
+    ask = "sample.py", "--out_dir=whole", "--device=cpu", f"--score={','.join(files)}"
+    said = scored(run(*ask, "--batch_size=37", cwd=work))
+    assert abs(said["loss"] - test["loss"]) < 1e-4 and abs(said["perplexity"] - math.exp(test["loss"])) < 1e-3
+    assert abs(said["token accuracy"] - test["accuracy"]) < 1e-4 and said["exact match"] == test["metric"]
+    said = run(*ask, "--temperature=1", cwd=work, code=2)
+    assert "--temperature draws" in said and said.count("\n") == 1
+    assert "takes --score=FILE,FILE" in run(*ask[:3], "--score=a.txt", cwd=work, code=1)
+    with open(files[1], "a") as f:
+        f.write("eins\n")
+    assert "1000 lines and" in run(*ask, cwd=work, code=1)
+
+
+def test_score_of_a_text_and_of_labels(work, tmp_path):
+    # catches: bits per token, a last window forgotten, labels compared with how likely they are
+    whole = "".join(f"{i} small words, {en(i)}.\n" for i in range(1000))
+    (tmp_path / "t.txt").write_text(whole)
+    folder = prepare_data.prepare("text", tmp_path / "data", source=str(tmp_path / "t.txt"), tokenizer="bytes")
+    ids = np.fromfile(os.path.join(folder, "test.bin"), np.uint16)
+    (tmp_path / "test.txt").write_text(Tokenizer(dict(kind="bytes")).decode(ids))
+    run("train.py", *TINY, "--dataset=text", "--block_size=32", "--mixer=haar", cwd=tmp_path)
+    result = json.load(open(tmp_path / "out" / "result.json"))
+    said = scored(run("sample.py", "--score=test.txt", "--device=cpu", cwd=tmp_path))
+    assert abs(said["loss"] - result["test_loss"]) < 1e-4
+    assert abs(said["bits per byte"] - result["test_metric"]) < 1e-4
+    rows = "".join(f"{('good', 'bad')[i % 2]} {i},{('up', 'down')[i % 2]}\n" for i in range(60))
+    (tmp_path / "t.csv").write_text("text,label\n" + rows)
+    prepare_data.prepare("table", tmp_path / "data", source=str(tmp_path / "t.csv"))
+    run("train.py", *TINY, "--dataset=table", "--mixer=haar", "--out_dir=table", cwd=tmp_path)
+    (tmp_path / "a").write_text("good 1\nbad 2\ngood 3\n")
+    answers = run("sample.py", "--out_dir=table", "--input=a", "--device=cpu", cwd=tmp_path).splitlines()
+    labels = [line.split("\t")[0] for line in answers[:-1]]
+    (tmp_path / "b").write_text("\n".join([*labels, "neither"]) + "\n")
+    assert "accuracy 0.6667 (n=3)" in run("sample.py", "--out_dir=table", "--score=a,b", "--device=cpu", cwd=tmp_path)
+
+
 WRONG = [
     ("train.py --mixr=wersa", 2, "--mixer"), ("train.py --mixer=wers", 2, "--mixer"), ("train.py --n_head=3", 2, "--n_head"),
     ("train.py --compile=maybe", 2, "--compile"), ("train.py --max_iters=ten", 2, "--max_iters"), ("train.py --levels=99", 2, "--levels"),
