@@ -4,6 +4,7 @@ Use a trained checkpoint: an encoder-decoder translates, a decoder continues tex
     python sample.py --start="four hundred and twenty-one"
     python sample.py --out_dir=out --input=test.en --output=test.de --beam=4
     python sample.py --out_dir=out-text --start=FILE:prompt.txt --top_k=50
+    python sample.py --out_dir=out --score=test.en,test.de --beam=4    # or --score=FILE: perplexity of a text
     python sample.py --show=wavelets          # what the wavelet layers have learned, as a table and a PNG
 
 A checkpoint carries its tokenizer, so nothing else is needed; one that was trained on a GPU runs on a CPU.
@@ -18,13 +19,15 @@ import os
 import signal
 import sys
 import zipfile
+from itertools import chain
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from model import MIXERS, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
-from prepare_data import BOS, EOS, N_SPECIAL, Parser, Tokenizer, collate, plain, read_text, replacing, writable
+from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, collate, first_gap, need, plain
+from prepare_data import read_text, replacing, writable
 
 FORMAT = 2  # of ckpt.pt and best.pt
 KINDS = dict(model=dict, model_args=dict, meta=dict, iter_num=int, best_loss=float)
@@ -107,6 +110,31 @@ def there(name):
     except (RuntimeError, AssertionError, ValueError):
         raise argparse.ArgumentTypeError(f"{name} is not there; cpu is")
 
+def draw(logits, temperature=0.0, top_k=None, top_p=1.0):
+    """logits (B, V) -> ids (B,): the likeliest, or one drawn among the top_k likeliest and the nucleus, the
+    fewest whose probabilities add up to top_p (arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    prob = logits.softmax(-1)
+    if top_p < 1:
+        ranked, ids = prob.sort(dim=-1, descending=True, stable=True)
+        before = ranked.cumsum(-1) - ranked
+        prob = prob.scatter(-1, ids, ranked.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(prob, 1)[:, 0]
+
+@torch.no_grad()
+def continued(model, ids, max_new_tokens, src=None, **how):
+    """ids (B, T) -> the token after them (B, 1), the one after that, ... as soon as each is there."""
+    state = model.init_state(len(ids), src)
+    for _ in range(max_new_tokens):
+        logits, state = model.decode(ids, state)
+        ids = draw(logits[:, -1], **how)[:, None]
+        yield ids
+
 def reorder(state, rows):
     """Pick rows (n,) of every tensor in a state: what a beam search does to its hypotheses."""
     if torch.is_tensor(state):
@@ -152,16 +180,27 @@ def beam_search(model, src, bos_id, eos_id, max_new_tokens, beam=4, length_penal
                 break
     finally:
         model.train(was_training)
-    normed = score / ((5 + length) / 6) ** length_penalty
-    return ids[first + normed.view(B, beam).argmax(-1), 1:]
+    return ids[first, 1:]  # topk puts the best of each row first
 
-def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0.0, top_k=None,
-              batch_size=128, max_new_tokens=None, progress=False, block_size=None, heed=lambda: None):
+def answers(model, src, max_new_tokens, beam=1, length_penalty=0.6, **how):
+    """src (B, S) -> a list of ids for each row, without eos."""
+    if beam > 1:
+        ids = beam_search(model, src, BOS, EOS, max_new_tokens, beam, length_penalty)
+    else:
+        begin, new, ended = torch.full_like(src[:, :1], BOS), [], False
+        for ids in continued(model, begin, max_new_tokens, src, **how):
+            new.append(ids)
+            ended = ended | (ids == EOS)
+            if ended.all():
+                break
+        ids = torch.cat(new, 1)
+    return [row[:row.index(EOS)] if EOS in row else row for row in ids.tolist()]
+
+def translate(model, tokenizer, texts, beam=1, batch_size=128, max_new_tokens=None, progress=False,
+              block_size=None, heed=lambda: None, **how):
     """One string per text, in the order given, and how many were cut to block_size. Empty in, empty out.
     heed is called before each batch, and may raise."""
-    device = model.wte.weight.device
     block_size = block_size or model.config.block_size
-    max_new_tokens = max_new_tokens or block_size
     rows = [tokenizer.encode(plain(text)) for text in texts]
     cut = sum(len(row) > block_size - 1 for row in rows)
     out = [""] * len(texts)
@@ -170,16 +209,22 @@ def translate(model, tokenizer, texts, beam=1, length_penalty=0.6, temperature=0
     for start in tqdm(range(0, len(todo), batch_size), disable=not progress, unit="batch"):
         heed()
         batch = todo[start:start + batch_size]
-        src = collate([rows[i][:block_size - 1] for i in batch], tail=[EOS], most=block_size).to(device)
-        if beam > 1:
-            ids = beam_search(model, src, BOS, EOS, max_new_tokens, beam, length_penalty)
-        else:
-            begin = torch.full((len(batch), 1), BOS, device=device)
-            ids = model.generate(begin, max_new_tokens, src, temperature, top_k, EOS)[:, 1:]
-        for i, row in zip(batch, ids.tolist()):
-            end = row.index(EOS) if EOS in row else len(row)
-            out[i] = tokenizer.decode(row[:end])
+        src = collate([rows[i][:block_size - 1] for i in batch], tail=[EOS], most=block_size)
+        src = src.to(model.wte.weight.device)
+        for i, ids in zip(batch, answers(model, src, max_new_tokens or block_size, beam, **how)):
+            out[i] = tokenizer.decode(ids)
     return out, cut
+
+def say(tokenizer, stream):
+    """Print ids as they come; the bytes of a character wait until it is whole."""
+    held, between = [], ""
+    for i in stream:
+        held.append(i)
+        text = tokenizer.decode(held)
+        if text and not text.endswith("\ufffd"):
+            print(between + text, end="", flush=True)
+            held, between = [], " " if tokenizer.words else ""
+    print(tokenizer.decode(held))
 
 def classify(model, tokenizer, meta, texts, batch_size):
     """One line per text, its class and how likely that is, or the label of each token that is asked; and how
@@ -218,48 +263,107 @@ def read_image(name, shape):
     return (grey.round().astype(int).ravel() + N_SPECIAL).tolist()
 
 @torch.no_grad()
-def learned(model, show=lambda line: None):
-    """What the wavelet layers have learned -> {layer: [(moved, weight) of level 1, 2, ...]}: how far the taps
-    went, and the band's weight (haar), embedding (wavspa) or gain (wersa), all RMS. show=print says it."""
-    lines = {}
+def show_wavelets(model, path):
+    """What the wavelet layers have learned, printed and drawn, by level: how far the taps moved, and the
+    band's weight (haar), embedding (wavspa) or gain (wersa), all RMS."""
+    found = {}
     start = torch.stack(Wavelet(model.config.wavelet).filters(0))  # (2, F, 1)
     for name, m in model.named_modules():
         if not isinstance(m, (Haar, Wavspa, Wersa)) or m.L == 0:
             continue
-        taps = [torch.stack(m.wavelet.filters(l)) for l in range(m.L)]  # (2, F, C) each
-        moved = [(now.cpu() - start).square().mean().sqrt().item() for now in taps]
         if isinstance(m, Haar):
             bands = m.weight.flatten(1)
         else:
             bands = m.band.flip(0) if isinstance(m, Wavspa) else m.scale.T.flip(0)
         weight = bands.square().mean(1).sqrt().tolist()  # d_1, ..., d_L, a_L
-        x = torch.randn(1, 64, taps[0].size(-1), device=bands.device)
+        x = torch.randn(1, 64, m.wavelet.C, device=bands.device)
         error = (m.wavelet.idwt(m.wavelet.dwt(x)) - x).abs().max()
-        show(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}, "
-             f"reconstruction error {error:.1e}\n  level   moved  weight  mean low-pass | high-pass")
+        print(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}, "
+              f"reconstruction error {error:.1e}\n  level   moved  weight  mean low-pass | high-pass")
+        found[name] = []
         for l in range(m.L):
-            low, high = (" ".join(f"{tap:.3f}" for tap in h) for h in taps[l].mean(-1))
-            show(f"  {l + 1:5d} {moved[l]:7.3f} {weight[l]:7.3f}  {low} | {high}")
-        show(f"    a_L         {weight[-1]:7.3f}")
-        lines[name] = list(zip(moved, weight))
-    return lines
-
-def show_wavelets(model, path):
-    """learned, printed and as a picture."""
-    lines = learned(model, print)
-    if not lines:
+            taps = torch.stack(m.wavelet.filters(l)).cpu()  # (2, F, C)
+            moved = (taps - start).square().mean().sqrt().item()
+            low, high = (" ".join(f"{tap:.3f}" for tap in h) for h in taps.mean(-1))
+            print(f"  {l + 1:5d} {moved:7.3f} {weight[l]:7.3f}  {low} | {high}")
+            found[name].append((moved, weight[l]))
+        print(f"    a_L         {weight[-1]:7.3f}")
+    if not found:
         raise SystemExit(f"--show=wavelets: this model of --mixer={model.config.mixer} has no wavelets")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for i, title in enumerate(("distance from the initial taps (RMS)", "weight of the band (RMS)")):
-        for name, rows in lines.items():
-            axes[i].plot(range(1, len(rows) + 1), [row[i] for row in rows], marker="o", label=name)
-        axes[i].set(xlabel="level", title=title, ylim=(0, None))
-    axes[0].legend(fontsize=7)
-    plt.savefig(path, dpi=120)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    titles = "distance from the initial taps (RMS)", "weight of the band (RMS)"
+    for i, ax in enumerate(figure.subplots(1, 2)):
+        for name, rows in found.items():
+            ax.plot(range(1, len(rows) + 1), [row[i] for row in rows], marker="o", label=name)
+        ax.set(xlabel="level", title=titles[i], ylim=(0, None))
+    ax.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
     print(f"drawn to {path}")
+
+@torch.no_grad()
+def likelihood(model, rows, batch_size):
+    """Rows of ids (read, foretold) or (read, foretold, source) -> a line of what train.py's evaluation finds,
+    and the mean loss."""
+    loss_sum = hits = n = 0
+    for start in tqdm(range(0, len(rows), batch_size), unit="batch"):
+        sides = zip(*rows[start:start + batch_size])
+        idx, targets, *src = (collate(side, most=model.config.block_size) for side in sides)
+        tensors = [tensor.to(model.wte.weight.device) for tensor in (idx, targets, *src)]
+        logits, loss = model(*tensors)
+        asked = targets != PAD
+        loss_sum += loss.item() * asked.sum().item()
+        hits += (logits.argmax(-1).cpu() == targets)[asked].sum().item()
+        n += asked.sum().item()
+    loss = loss_sum / n
+    return f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}, token accuracy {hits / n:.4f} (n={n})", loss
+
+def score(model, tokenizer, meta, names, batch_size, n, **beams):
+    """What a decoder's text, or answers to the first file's lines held against the second's, score: lines to
+    print, how many texts there were, and how many of them were cut."""
+    T, arch, files = model.config.block_size, model.config.arch, names.split(",")
+    takes = "FILE" if arch == "decoder" else "FILE,FILE of lines that belong together"
+    if "image" in meta or meta.get("labels") == "token":
+        raise SystemExit("--score is for texts, and this checkpoint answers otherwise: see its result.json")
+    if len(files) != len(takes.split(",")):
+        raise SystemExit(f"--score={names} does not suit --arch={arch}, which takes --score={takes}")
+    if arch == "decoder":
+        text = read_text(names)
+        ids = tokenizer.encode(text)
+        if len(ids) < 2:
+            raise SystemExit(f"{names} has {len(ids)} tokens, and the first one is not foretold: add some")
+        windows = [ids[t:t + T + 1] for t in range(0, len(ids) - 1, T)]
+        line, loss = likelihood(model, [(row[:-1], row[1:]) for row in windows], batch_size)
+        bits = loss / math.log(2) * len(ids) / len(text.encode())
+        return [f"{line}, bits per byte {bits:.4f}"], 1, 0
+    texts, wanted = ([plain(line) for line in read_lines(name)] for name in files)
+    if len(texts) != len(wanted):
+        raise SystemExit(f"{files[0]} has {len(texts)} lines and {files[1]} has {len(wanted)}: they seem to "
+                         f"part near line {first_gap(texts, wanted) + 1}")
+    if not texts:
+        raise SystemExit(f"{files[0]} is empty")
+    if arch == "encoder":
+        answers, cut = classify(model, tokenizer, meta, texts, batch_size)
+        hits = [answer.rsplit("\t", 1)[0] == label for answer, label in zip(answers, wanted)]
+        return [f"accuracy {np.mean(hits):.4f} (n={len(hits)})"], len(texts), cut
+    sides = [[tokenizer.encode(line) for line in lines] for lines in (texts, wanted)]
+    cut = sum(max(len(src), len(tgt)) > T - 1 for src, tgt in zip(*sides))
+    rows = [([BOS] + tgt[:T - 1], tgt[:T - 1] + [EOS], src[:T - 1] + [EOS]) for src, tgt in zip(*sides)]
+    line, _ = likelihood(model, rows, batch_size)
+    answers, _ = translate(model, tokenizer, texts, batch_size=batch_size, max_new_tokens=n, progress=True,
+                           **beams)
+    if meta["metric"] == "exact":
+        hits = [answer == line for answer, line in zip(answers, wanted)]
+        result = f"exact match {np.mean(hits):.4f} (n={len(hits)})"
+    else:
+        bleu = need("sacrebleu").metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"))
+        found = bleu.corpus_score(answers, [wanted]).score
+        result = f"BLEU {found:.4f} (n={len(answers)}), {bleu.get_signature()}"
+    return [f"{line}, given the true tokens before each", result], len(texts), cut
+
+def read_lines(path):
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]  # the last line's own line end
 
 def how_many(model, asked, n):
     """How many tokens to put behind n: as asked, else the block size, or what --pos=learned has room for."""
@@ -276,14 +380,18 @@ def refuse_idle(p, args, arch):
     """A typed flag that would change nothing ends in one sentence."""
     lines, encoder = args.input is not None, arch == "encoder"
     for names, idle, why in (
-            ("input output batch_size", arch == "decoder", "is for lines, a decoder takes --start=FILE:name"),
+            ("input output", arch == "decoder", "is for lines, a decoder takes --start=FILE:name"),
+            ("batch_size", arch == "decoder" and not args.score, "is for lines or --score: leave it out"),
             ("start", lines, "and --input both say what to read: leave one out"),
-            ("num_samples", lines, "is for --start: leave it out"),
+            ("start input", args.score, "does not go with --score: leave one out"),
+            ("temperature top_k top_p", args.score, "draws, and --score looks for the best: leave one out"),
+            ("num_samples", lines or args.score, "is for --start: leave it out"),
+            ("max_new_tokens", args.score and arch == "decoder", "writes, --score foretells: leave one out"),
             ("beam", arch != "encdec", f"is for translations, not for --arch={arch}: leave it out"),
             ("length_penalty", args.beam == 1, "weighs beams: add --beam=4, or leave it out"),
-            ("temperature top_k", args.beam > 1, "draws, and --beam looks for the best: leave one out"),
-            ("temperature top_k num_samples max_new_tokens", encoder, "writes, but an encoder reads"),
-            ("top_k num_samples", args.temperature == 0, "draws, --temperature=0 does not: raise it")):
+            ("temperature top_k top_p", args.beam > 1, "draws, and --beam looks for the best: leave one out"),
+            ("temperature top_k top_p num_samples max_new_tokens", encoder, "writes, but an encoder reads"),
+            ("top_k top_p num_samples", args.temperature == 0, "draws, --temperature=0 does not: raise it")):
         for name in names.split():
             if idle and name in p.given:
                 p.error(f"--{name} {why}")
@@ -294,11 +402,13 @@ def main():
     p.add("--ckpt", help="best.pt (lowest validation loss) or ckpt.pt (last)", default="best.pt")
     p.add("--start", help="text to translate, continue or classify; FILE:name reads it from a file")
     p.add("--input", help="a file to translate or classify line by line")
+    p.add("--score", help="a text to foretell, or FILE,FILE: what to translate or classify, and the answers")
     p.add("--output", writable, "where the lines go; default: standard output")
     p.add("--beam", int, "beams of a translation; 1 = greedy", 1, 1000, default=1)
     p.add("--length_penalty", float, "exponent of the beams' length normalisation", -10, 10, default=0.6)
     p.add("--temperature", float, "0 = the likeliest token; default 0 to translate, 0.8 to continue", 0, 1e6)
     p.add("--top_k", int, "sample among the k likeliest tokens only", 1, 2**31)
+    p.add("--top_p", float, "sample among the likeliest that add up to this only", 1e-6, 1, default=1.0)
     p.add("--num_samples", int, "how many continuations or translations of --start", 1, 10**6, default=1)
     p.add("--max_new_tokens", int, "default: the block size, or what --pos=learned has room for", 1, 2**24)
     p.add("--batch_size", int, "lines at a time", 1, 2**31, default=128)
@@ -307,8 +417,8 @@ def main():
     p.add("--mixers_from", help="a Python file that registers more mixers in model.MIXERS first")
     p.add("--show", help="print what the wavelet layers have learned, and draw it", choices=["wavelets"])
     args = p.parse_args()
-    if not args.start and args.input is None and not args.show:
-        p.error('say what to read: --start="some text", --start=FILE:name or --input=FILE')
+    if not args.start and args.input is None and not args.show and not args.score:
+        p.error('say what to read: --start="some text", --start=FILE:name, --input=FILE or --score=FILE')
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head is no error
     if args.mixers_from:
@@ -324,33 +434,39 @@ def main():
         args.temperature = 0.8 if arch == "decoder" else 0.0
     refuse_idle(p, args, arch)
 
+    most, cut, room = model.config.block_size, 0, None
+    if arch == "encdec":
+        most = most - 1  # and eos
+        room = how_many(model, args.max_new_tokens, 1)
+    drawn = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    beams = dict(beam=args.beam, length_penalty=args.length_penalty)
+    texts = []
     if lines:
-        texts = read_text(args.input).replace("\r\n", "\n").split("\n")
-        if texts[-1] == "":  # the last line's own line end
-            texts.pop()
-    else:
+        texts = read_lines(args.input)
+    elif args.start:
         is_file = args.start.startswith("FILE:") and "image" not in meta
         texts = [read_text(args.start[5:]) if is_file else args.start] * args.num_samples
-    most, cut = model.config.block_size, 0
-    if arch == "encoder":
+    n = len(texts)
+    if args.score:
+        results, n, cut = score(model, tokenizer, meta, args.score, args.batch_size, room, **beams)
+    elif arch == "encoder":
         results, cut = classify(model, tokenizer, meta, texts, args.batch_size)
     elif arch == "encdec":
-        most = most - 1  # and eos
-        n = how_many(model, args.max_new_tokens, 1)
-        results, cut = translate(model, tokenizer, texts, args.beam, args.length_penalty, args.temperature,
-                                 args.top_k, args.batch_size, n, progress=lines)
+        results, cut = translate(model, tokenizer, texts, batch_size=args.batch_size, max_new_tokens=room,
+                                 progress=lines, **beams, **drawn)
         results = [" ".join(result.splitlines()) for result in results]
     else:
         for text in texts:
             ids = tokenizer.encode(text)
             if "labels" in meta or not ids:  # windows of one long text begin anywhere
                 ids = [BOS] + ids
-            n, start = how_many(model, args.max_new_tokens, len(ids)), torch.tensor([ids], device=args.device)
-            ids = model.generate(start, n, None, args.temperature, args.top_k)[0]
-            print(tokenizer.decode(ids.tolist()), "---------------", sep="\n")
+            n = how_many(model, args.max_new_tokens, len(ids))
+            new = continued(model, torch.tensor([ids], device=args.device), n, **drawn)
+            say(tokenizer, chain(ids, (i.item() for i in new)))
+            print("---------------", flush=True)
         return
     if cut:
-        print(f"{cut} of {len(texts)} inputs were longer than {most} tokens and were cut", file=sys.stderr)
+        print(f"{cut} of {n} inputs were longer than {most} tokens and were cut", file=sys.stderr)
     if args.output is None:
         return print("\n".join(results))
     try:

@@ -42,9 +42,10 @@ from torch.utils.checkpoint import checkpoint
 
 import model as M
 import prepare_data
+import sample
 from model import ModelConfig, Wavelet, WaveletTransformer, build_cross, build_mixer, daubechies, dwt, idwt
 from prepare_data import Tokenizer, de, en
-from sample import beam_search, load_checkpoint, load_model, translate
+from sample import beam_search, draw, load_checkpoint, load_model, translate
 
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 pytestmark = pytest.mark.filterwarnings("ignore:decimated haar")
@@ -889,6 +890,18 @@ def test_sampling():  # catches: a temperature multiplied, top_k that keeps k + 
         close(torch.bincount(new, minlength=13) / 4000, kept.softmax(-1), 0.03)
 
 
+def test_nucleus():
+    # catches: the token that fills the nucleus left out, one more kept, the nucleus of what top_k has not cut
+    p = torch.tensor([0.125, 0.5, 0.25, 0.125])
+    for top_p, top_k, kept in ((0.1, None, [1]), (0.5, None, [1]), (0.6, None, [1, 2]), (0.8, None, [0, 1, 2]),
+                               (1.0, None, [0, 1, 2, 3]), (0.6, 2, [1]), (0.7, 2, [1, 2])):
+        torch.manual_seed(0)
+        new = draw(p.log().expand(4000, -1), 1.0, top_k, top_p)
+        want = torch.zeros(4).index_add(0, torch.tensor(kept), p[kept])
+        close(torch.bincount(new, minlength=4) / 4000, want / want.sum(), 0.03)
+    assert draw(p.log()[None], 0.0).tolist() == [1]
+
+
 @torch.no_grad()
 def score(m, src, seq, alpha=0.6):
     """log p of one sequence after bos = 1, normalised for its length."""
@@ -1319,12 +1332,80 @@ def test_decoder_from_text(work):
     assert far["split"] == "test" and far["n"] == -(-same["n"] // 2) and abs(far["metric"] - far["loss"] / math.log(2)) < 1e-3
     loss, bpb = (float(re.search(rf"test {what} ([\d.]+)", said)[1]) for what in ("loss", "bits per byte"))
     assert abs(bpb - loss / math.log(2)) < 1e-3                # bytes: one token each
-    assert "little" in run("sample.py", "--out_dir=text", "--start=0 little", "--max_new_tokens=5", cwd=work)
+    ask = "sample.py", "--out_dir=text", "--start=0 little", "--max_new_tokens=5"
+    assert "little" in run(*ask, cwd=work)
+    assert run(*ask, "--top_p=0.001", cwd=work) == run(*ask, "--temperature=0", cwd=work)
+    assert "--top_p draws" in run(*ask, "--temperature=0", "--top_p=0.9", cwd=work, code=2)
     run("train.py", *flags, "--pos=learned", "--out_dir=places", "--max_iters=1", cwd=work)     # whose table has room for 32 tokens read
     model, tokenizer, _ = load_model(os.path.join(work, "places", "best.pt"))
     ids = tokenizer.encode("0 little")
     want = tokenizer.decode(model.generate(torch.tensor([ids]), 33 - len(ids), temperature=0)[0].tolist())
     assert run("sample.py", "--out_dir=places", "--start=0 little", "--temperature=0", "--device=cpu", cwd=work) == f"{want}\n---------------\n"
+
+
+@each("kind", ["bytes", "words"])
+def test_tokens_are_printed_as_they_come(kind):
+    # catches: half a character, a blank lost between words, text that waits for the end, a seed that draws otherwise
+    tokenizer = Tokenizer(dict(kind=kind, words=["a", "b", "cd"])) if kind == "words" else Tokenizer(dict(kind=kind))
+    model = transformer("haar", vocab_size=tokenizer.vocab_size)
+    ids = [1] + tokenizer.encode("a b cd" if kind == "words" else "é🙂 a")
+    for temperature, top_k in ((0.0, None), (1.5, None), (0.8, 40)):
+        torch.manual_seed(3)
+        whole = model.generate(torch.tensor([ids]), 60, None, temperature, top_k)[0].tolist()
+        torch.manual_seed(3)
+        new = sample.continued(model, torch.tensor([ids]), 60, temperature=temperature, top_k=top_k)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            sample.say(tokenizer, [*ids, *(i.item() for i in new)])
+        assert said.getvalue() == tokenizer.decode(whole) + "\n"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        at = []
+        sample.say(tokenizer, (at.append(said.getvalue()) or i for i in ids))
+    texts = ["", "", "a", "a b"] if kind == "words" else ["", "", "", "é", "é", "é", "é", "é🙂", "é🙂 "]
+    assert at == texts
+
+
+def scored(text):  # "loss 1.5, exact match 0.2" -> {name: value}
+    return {name: float(value) for name, value in re.findall(r"([A-Za-z][A-Za-z ]+) (-?[\d.]+\d)", text)}
+
+
+def test_score_is_what_training_found(work, tmp_path):
+    # catches: windows that overlap, a row's eos left out, a mean over batches, pairs that drift apart in silence
+    test = json.load(open(os.path.join(work, "whole", "result.json")))["test"]
+    shutil.copytree(os.path.join(work, "data", "numbers"), tmp_path / "d")
+    files = [str(tmp_path / "d" / f"test.{side}.txt") for side in ("src", "tgt")]
+    ask = "sample.py", "--out_dir=whole", "--device=cpu", f"--score={','.join(files)}"
+    said = scored(run(*ask, "--batch_size=37", cwd=work))
+    assert abs(said["loss"] - test["loss"]) < 1e-4 and abs(said["perplexity"] - math.exp(test["loss"])) < 1e-3
+    assert abs(said["token accuracy"] - test["accuracy"]) < 1e-4 and said["exact match"] == test["metric"]
+    said = run(*ask, "--temperature=1", cwd=work, code=2)
+    assert "--temperature draws" in said and said.count("\n") == 1
+    assert "takes --score=FILE,FILE" in run(*ask[:3], "--score=a.txt", cwd=work, code=1)
+    with open(files[1], "a") as f:
+        f.write("eins\n")
+    assert "1000 lines and" in run(*ask, cwd=work, code=1)
+
+
+def test_score_of_a_text_and_of_labels(work, tmp_path):
+    # catches: bits per token, a last window forgotten, labels compared with how likely they are
+    whole = "".join(f"{i} small words, {en(i)}.\n" for i in range(1000))
+    (tmp_path / "t.txt").write_text(whole)
+    folder = prepare_data.prepare("text", tmp_path / "data", source=str(tmp_path / "t.txt"), tokenizer="bytes")
+    ids = np.fromfile(os.path.join(folder, "test.bin"), np.uint16)
+    (tmp_path / "test.txt").write_text(Tokenizer(dict(kind="bytes")).decode(ids))
+    run("train.py", *TINY, "--dataset=text", "--block_size=32", "--mixer=haar", cwd=tmp_path)
+    result = json.load(open(tmp_path / "out" / "result.json"))
+    said = scored(run("sample.py", "--score=test.txt", "--device=cpu", cwd=tmp_path))
+    assert abs(said["loss"] - result["test_loss"]) < 1e-4
+    assert abs(said["bits per byte"] - result["test_metric"]) < 1e-4
+    rows = "".join(f"{('good', 'bad')[i % 2]} {i},{('up', 'down')[i % 2]}\n" for i in range(60))
+    (tmp_path / "t.csv").write_text("text,label\n" + rows)
+    prepare_data.prepare("table", tmp_path / "data", source=str(tmp_path / "t.csv"))
+    run("train.py", *TINY, "--dataset=table", "--mixer=haar", "--out_dir=table", cwd=tmp_path)
+    (tmp_path / "a").write_text("good 1\nbad 2\ngood 3\n")
+    answers = run("sample.py", "--out_dir=table", "--input=a", "--device=cpu", cwd=tmp_path).splitlines()
+    labels = [line.split("\t")[0] for line in answers[:-1]]
+    (tmp_path / "b").write_text("\n".join([*labels, "neither"]) + "\n")
+    assert "accuracy 0.6667 (n=3)" in run("sample.py", "--out_dir=table", "--score=a,b", "--device=cpu", cwd=tmp_path)
 
 
 WRONG = [
