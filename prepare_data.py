@@ -150,11 +150,18 @@ def first_gap(a, b):  # where two sides part: lengths of true pairs go together,
     by_chance = np.abs(x - np.random.default_rng(0).permutation(y) - shift).mean()
     return int(np.argmax(np.cumsum(np.r_[0, 0.75 * by_chance - np.abs(x - y - shift)])))
 
+def json_rows(whole):
+    for line in filter(str.strip, whole.split("\n")):
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN is no label
+        for key, value in row.items():
+            if isinstance(value, float) and value.is_integer():
+                row[key] = int(value)  # the label 1.0 is the label 1
+        yield row
+
 def hub_rows(path):
     """The rows of a JSONL or Parquet file, each a dict."""
     if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8-sig") as f:
-            yield from map(json.loads, filter(str.strip, f))
+        yield from json_rows(read_text(path))
     else:
         for batch in need("pyarrow.parquet").ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
@@ -582,14 +589,6 @@ def write_texts(out, spec, splits, block_size, classes, min_len=0, skipped=()):
     for split, accuracy in bag_of_words(known).items():
         meta["splits"][split]["trivial"]["TF-IDF + logistic regression"] = accuracy
     return meta
-
-def json_rows(whole):
-    for line in filter(str.strip, whole.split("\n")):
-        row = json.loads(line, parse_constant=lambda name: None)  # NaN is no label
-        for key, value in row.items():
-            if isinstance(value, float) and value.is_integer():
-                row[key] = int(value)  # the label 1.0 is the label 1
-        yield row
 
 def csv_rows(path, whole, columns):
     lines = [line for line in whole.split("\n") if line.strip()]
