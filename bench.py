@@ -5,6 +5,7 @@ Measure: what every mixer promises, how fast it is, what trained models score.
     python bench.py speed --json=results/speed.json  # time and memory beside flash attention, by turns
     python bench.py steps --nanogpt=DIR  # whole training steps beside nanoGPT's
     python bench.py quality --suite=numbers  # train a grid, one row of results/numbers.csv per run
+    python bench.py curves out-a out-b  # log.csv of several runs, laid over one another
     python bench.py report  # results/ -> tables in both READMEs, and the figures
 
 Rows that a suite's CSV has are skipped: it may be stopped at any time and started again. The experiments'
@@ -996,14 +997,28 @@ def report(args):
     fill(HERE / "README.md", main)
     overview(runs)
 
+def curves(args):
+    """log.csv of several runs, laid over one another."""
+    if not args.folders:
+        raise SystemExit("say which runs to draw: python bench.py curves out-a out-b")
+    for folder in args.folders:
+        if not (Path(folder) / "log.csv").exists():
+            raise SystemExit(f"{folder} has no log.csv: name folders that train.py wrote")
+    from prepare_data import draw_curves
+    draw_curves(args.folders, args.png)
+    print(f"drawn to {args.png}")
+
 FLAGS = dict(variants="mixers_from", quality="suite only arm source data_dir jobs", report="",
+             curves="folders png",
              speed="only lengths prompt n_embd n_head dtype compile json first", steps="lengths nanogpt")
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head is no error
     p = Parser(description=__doc__)
-    p.add("what", choices=["variants", "speed", "steps", "quality", "report"], help="what to measure")
+    p.add("what", choices=list(FLAGS), help="what to measure, or to draw")
+    p.add("folders", nargs="*", help="curves: what train.py wrote")
+    p.add("--png", type=writable, default="curves.png", help="curves: where to draw")
     p.add("--only", help="one arm, or all whose name holds this (speed, quality)")
     p.add("--mixers_from", help="variants: a Python file that registers more mixers")
     p.section("quality")
@@ -1030,5 +1045,6 @@ if __name__ == "__main__":
             p.error(f"--{flag} is no flag of {args.what}, it takes: {FLAGS[args.what] or 'none'}")
     if args.mixers_from:
         register(args.mixers_from)
-    commands = dict(variants=variants, speed=speed, steps=steps, quality=quality, report=report)
+    commands = dict(variants=variants, speed=speed, steps=steps, quality=quality, report=report,
+                    curves=curves)
     commands[args.what](args)

@@ -5,6 +5,7 @@ PyWavelets and hypothesis are wanted by a few tests, which are skipped without t
 names wrong versions that it catches. A mixer that you add to MIXERS is taken up by every promise below.
 """
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -2546,6 +2547,26 @@ def test_arms_are_matched():
             words = [*suite["base"], *arm]
             assert {w.split("=")[0] for w in words} <= flags, words
             bench.config_of(words, arch="encoder", block_size=2048)
+
+
+def test_curves_of_several_runs(tmp_path, monkeypatch):
+    # catches: a folder without a log that is drawn as nothing, a command that takes no folders
+    import bench
+    drawn = []
+    monkeypatch.setattr(prepare_data, "draw_curves", lambda *given: drawn.append(given), raising=False)
+    for name in ("out-a", "out-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text("step,loss\n0,1.0\n")
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(folders=["out-a", "out-b"], png="c.png")
+    bench.curves(args)
+    assert drawn == [(["out-a", "out-b"], "c.png")]
+    for folders, words in ((["out-a", "out-c"], "out-c has no log.csv"), (None, "say which runs")):
+        with pytest.raises(SystemExit, match=words):
+            bench.curves(argparse.Namespace(folders=folders, png="c.png"))
+    assert "out-c has no log.csv" in run("bench.py", "curves", "out-a", "out-c", cwd=tmp_path, code=1)
+    assert "--png is no flag of report" in run("bench.py", "report", "--png=c.png", cwd=tmp_path, code=2)
+    assert "--folders is no flag of report" in run("bench.py", "report", "out-a", cwd=tmp_path, code=2)
 
 
 # -----------------------------------------------------------------------------
