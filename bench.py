@@ -8,6 +8,7 @@ Measure: what every mixer promises, how fast it is, what trained models score.
     python bench.py transforms  # dwt and idwt beside PyWavelets and ptwt
     python bench.py gpu --nanogpt=DIR  # all of it that wants a GPU, in pieces, results/gpu-*.json
     python bench.py quality --suite=numbers  # train a grid, one row of results/numbers.csv per run
+    python bench.py curves out-a out-b  # log.csv of several runs, laid over one another
     python bench.py report  # results/ -> tables in both READMEs, and the figures
 
 Rows that a suite's CSV has are skipped: it may be stopped at any time and started again. The experiments'
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 import model
 from model import CHOICES, MIXERS, ModelConfig, build_mixer
-from prepare_data import Parser, comma_separated, prepare, replacing, writable
+from prepare_data import Parser, comma_separated, draw_curves, prepare, replacing, writable
 from sample import keep_freed_pages, register
 
 HERE = Path(__file__).resolve().parent
@@ -1254,7 +1255,17 @@ def report(args):
     fill(HERE / "README.md", main)
     overview(runs)
 
-FLAGS = dict(variants="mixers_from json", quality="suite only arm source data_dir jobs", report="",
+def curves(args):
+    """log.csv of several runs, laid over one another."""
+    if not args.folders:
+        raise SystemExit("say which runs to draw: python bench.py curves out-a out-b")
+    for folder in args.folders:
+        if not (Path(folder) / "log.csv").exists():
+            raise SystemExit(f"{folder} has no log.csv: name folders that train.py wrote")
+    draw_curves(args.folders, args.png)
+    print(f"drawn to {args.png}")
+
+FLAGS = dict(variants="mixers_from json", quality="suite only arm source data_dir jobs", report="", curves="folders png",
              speed="only lengths prompt n_embd n_head dtype compile json first", gpu="only nanogpt",
              transforms="lengths json", steps="lengths nanogpt json", compiled="only n_embd n_head json")
 
@@ -1262,7 +1273,9 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head is no error
     p = Parser(description=__doc__)
-    p.add("what", choices=list(FLAGS), help="what to measure")
+    p.add("what", choices=list(FLAGS), help="what to measure, or to draw")
+    p.add("folders", nargs="*", help="curves: what train.py wrote")
+    p.add("--png", type=writable, default="curves.png", help="curves: where to draw")
     p.add("--only", help="one arm, or all whose name holds this (speed, compiled, gpu, quality)")
     p.add("--mixers_from", help="variants: a Python file that registers more mixers")
     p.section("quality")
@@ -1289,6 +1302,4 @@ if __name__ == "__main__":
             p.error(f"--{flag} is no flag of {args.what}, it takes: {FLAGS[args.what] or 'none'}")
     if args.mixers_from:
         register(args.mixers_from)
-    commands = dict(variants=variants, speed=speed, steps=steps, compiled=compiled, transforms=transforms,
-                    gpu=gpu, quality=quality, report=report)
-    commands[args.what](args)
+    globals()[args.what](args)  # the function of that name

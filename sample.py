@@ -6,6 +6,7 @@ Use a trained checkpoint: an encoder-decoder translates, a decoder continues tex
     python sample.py --out_dir=out-text --start=FILE:prompt.txt --top_k=50
     python sample.py --out_dir=out --score=test.en,test.de --beam=4    # or --score=FILE: perplexity of a text
     python sample.py --show=wavelets          # what the wavelet layers have learned, as a table and a PNG
+    python sample.py --show=source --start="ninety-one"     # and what each output token has read
 
 A checkpoint carries its tokenizer, so nothing else is needed; one that was trained on a GPU runs on a CPU.
 """
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import MIXERS, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
+from model import MIXERS, CrossAttention, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
 from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, collate, first_gap, need, plain
 from prepare_data import read_text, replacing, writable
 
@@ -365,6 +366,60 @@ def read_lines(path):
     lines = read_text(path).replace("\r\n", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]  # the last line's own line end
 
+def source_shares(model, src, new):
+    """src (1, S), the ids that answer it -> {what: (T, S)}, how much each output token read of each source
+    token: gradient x input (arXiv 1312.6034) of its logit, which sees through any cross and mixer; and where
+    every cross is plain attention, its weights."""
+    embedded, queries = [], []
+    hooks = [model.wte.register_forward_hook(lambda module, args, x: embedded.append(x))]
+    for block in model.decoder:
+        hooks.append(block.ln_x.register_forward_hook(lambda module, args, x: queries.append(x)))
+    logits, _ = model(torch.tensor([[BOS] + new[:-1]], device=src.device), src=src)
+    for hook in hooks:
+        hook.remove()
+    x, rows = embedded[-1], []  # the source is embedded last
+    for t, i in enumerate(new):
+        gradient, = torch.autograd.grad(logits[0, t, i], x, retain_graph=True)
+        rows.append((gradient * x).sum(-1)[0].abs())
+    share = torch.stack(rows).detach()
+    found = {"share of |gradient x input|": share / share.sum(1, keepdim=True).clamp(min=1e-30)}
+    crosses = [block.cross for block in model.decoder]
+    if all(type(cross) is CrossAttention for cross in crosses):
+        weights = []
+        with torch.no_grad():
+            for cross, x, (k, _, _) in zip(crosses, queries, model.digest(src)):
+                q = cross.placed(cross.heads(cross.c_q(x)), 0, cross.ratio)
+                weights.append((q @ k.mT / math.sqrt(q.size(-1))).softmax(-1).mean((0, 1)))  # over heads
+        found["cross-attention, mean of heads and layers"] = torch.stack(weights).mean(0)
+    return found
+
+def show_source(model, tokenizer, text, path, max_new_tokens, **beams):
+    """Which source tokens each token of the translation read: drawn, and if they are few printed."""
+    ids = tokenizer.encode(plain(text))[:model.config.block_size - 1] + [EOS]
+    src = torch.tensor([ids], device=model.wte.weight.device)
+    new = (answers(model, src, max_new_tokens, **beams)[0] + [EOS])[:max_new_tokens]
+    read, said = ([tokenizer.decode([i]).replace(" ", "\u2423") or "eos" for i in row] for row in (ids, new))
+    shares = source_shares(model, src, new)
+    if len(new) <= 32:
+        for name, row in zip(said, next(iter(shares.values()))):
+            top = row.topk(min(3, len(ids))).indices
+            print(f"{name:>16} <- " + "  ".join(f"{read[s]} {row[s]:.2f}" for s in top))
+    from matplotlib.figure import Figure
+    size = len(shares) * (2.0 + 0.25 * max(8, len(ids))), 2.0 + 0.25 * len(new)
+    figure = Figure(figsize=size, layout="constrained")
+    kinds = {model.config.of_layer(i).cross_kind for i in range(model.config.n_layer)}
+    model_name = f"mixer {model.config.mixer}, cross {', '.join(sorted(kinds))}"
+    figure.suptitle(f"What each output token read\n{model_name}")
+    turned = 90 * any(len(name) > 3 for name in read)
+    for ax, (what, share) in zip(figure.subplots(1, len(shares), squeeze=False)[0], shares.items()):
+        image = ax.imshow(share.cpu(), cmap="Blues", vmin=0, aspect="auto")
+        ax.set_xticks(range(len(ids)), read, rotation=turned, parse_math=False)
+        ax.set_yticks(range(len(new)), said, parse_math=False)
+        ax.set(xlabel="source", ylabel="output")
+        figure.colorbar(image, ax=ax, label=what)
+    figure.savefig(path, dpi=80)
+    print(f"drawn to {path}")
+
 def how_many(model, asked, n):
     """How many tokens to put behind n: as asked, else the block size, or what --pos=learned has room for."""
     most = model.config.block_size
@@ -385,6 +440,7 @@ def refuse_idle(p, args, arch):
             ("start", lines, "and --input both say what to read: leave one out"),
             ("start input", args.score, "does not go with --score: leave one out"),
             ("temperature top_k top_p", args.score, "draws, and --score looks for the best: leave one out"),
+            ("num_samples output batch_size", args.show, "does not go with --show: leave it out"),
             ("num_samples", lines or args.score, "is for --start: leave it out"),
             ("max_new_tokens", args.score and arch == "decoder", "writes, --score foretells: leave one out"),
             ("beam", arch != "encdec", f"is for translations, not for --arch={arch}: leave it out"),
@@ -415,7 +471,8 @@ def main():
     p.add("--seed", int, "", 0, 2**63 - 1, default=1337)
     p.add("--device", there, "cpu, cuda, cuda:1, mps", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add("--mixers_from", help="a Python file that registers more mixers in model.MIXERS first")
-    p.add("--show", help="print what the wavelet layers have learned, and draw it", choices=["wavelets"])
+    shows = "print and draw what the wavelet layers have learned, or what of --start each output token read"
+    p.add("--show", help=shows, choices=["wavelets", "source"])
     args = p.parse_args()
     if not args.start and args.input is None and not args.show and not args.score:
         p.error('say what to read: --start="some text", --start=FILE:name, --input=FILE or --score=FILE')
@@ -426,10 +483,12 @@ def main():
     torch.manual_seed(args.seed)
     model, tokenizer, meta = load_model(os.path.join(args.out_dir, args.ckpt), args.device)
     arch, lines = model.config.arch, args.input is not None
-    if args.show and (args.start or lines):
-        p.error(f"--show={args.show} looks at the weights and reads no text: leave --start and --input out")
-    if args.show:
+    if args.show == "wavelets":
+        if args.start or lines or args.score:
+            p.error("--show=wavelets looks at the weights and reads no text: leave --start and --input out")
         return show_wavelets(model, os.path.join(args.out_dir, "wavelets.png"))
+    if args.show and (arch != "encdec" or not args.start):
+        p.error('--show=source draws a translation: an encoder-decoder and --start="a sentence"')
     if args.temperature is None:
         args.temperature = 0.8 if arch == "decoder" else 0.0
     refuse_idle(p, args, arch)
@@ -447,6 +506,9 @@ def main():
         is_file = args.start.startswith("FILE:") and "image" not in meta
         texts = [read_text(args.start[5:]) if is_file else args.start] * args.num_samples
     n = len(texts)
+    if args.show:
+        path = os.path.join(args.out_dir, "source.png")
+        return show_source(model, tokenizer, texts[0], path, room, **beams, **drawn)
     if args.score:
         results, n, cut = score(model, tokenizer, meta, args.score, args.batch_size, room, **beams)
     elif arch == "encoder":

@@ -1408,6 +1408,38 @@ def test_score_of_a_text_and_of_labels(work, tmp_path):
     assert "accuracy 0.6667 (n=3)" in run("sample.py", "--out_dir=table", "--score=a,b", "--device=cpu", cwd=tmp_path)
 
 
+@each("text", READERS)
+def test_what_an_output_token_read(text):
+    # catches: a gradient of the targets' embeddings, another token's logit, rows and columns swapped
+    m, src, new = transformer(text, "encdec").double(), tokens(1, 7, low=3), [5, 3, 8, 2]
+    shares = sample.source_shares(m, src, new)
+    assert len(shares) == (2 if M.CROSSES[m.config.cross_kind] is M.CrossAttention else 1)
+    for share in shares.values():
+        assert share.shape == (4, 7)
+        close(share.sum(1), torch.ones(4, dtype=share.dtype))
+    embed, slopes = m.wte.forward, []
+    for s in range(7):
+        found = []
+        for eps in (1e-5, -1e-5):
+            scale = 1 + eps * torch.eye(7, dtype=torch.double)[s][:, None]
+            m.wte.forward = lambda idx: embed(idx) * scale if idx is src else embed(idx)
+            logits = m(torch.tensor([[1] + new[:-1]]), src=src)[0][0]
+            found.append(logits[range(4), new])
+        slopes.append((found[0] - found[1]).abs())
+    want = torch.stack(slopes, 1)
+    close(next(iter(shares.values())), want / want.sum(1, keepdim=True), 1e-4)
+
+
+def test_source_is_drawn(work, tmp_path):
+    # catches: a picture of another text, a label taken for mathematics, a token that is printed beside another row
+    shutil.copytree(os.path.join(work, "whole"), tmp_path / "out")
+    ask = "sample.py", "--show=source", "--device=cpu"
+    said = run(*ask, "--start=one $ two $", "--max_new_tokens=5", cwd=tmp_path)
+    assert said.count(" <- ") == 5 and "drawn to out/source.png" in said
+    assert (tmp_path / "out" / "source.png").read_bytes().startswith(b"\x89PNG")
+    assert "--show=source draws a translation" in run(*ask, cwd=tmp_path, code=2)
+
+
 WRONG = [
     ("train.py --mixr=wersa", 2, "--mixer"), ("train.py --mixer=wers", 2, "--mixer"), ("train.py --n_head=3", 2, "--n_head"),
     ("train.py --compile=maybe", 2, "--compile"), ("train.py --max_iters=ten", 2, "--max_iters"), ("train.py --levels=99", 2, "--levels"),
@@ -2899,6 +2931,26 @@ def test_arms_are_matched():
             words = [*suite["base"], *arm]
             assert {w.split("=")[0] for w in words} <= flags, words
             bench.config_of(words, arch="encoder", block_size=2048)
+
+
+def test_curves_of_several_runs(tmp_path, monkeypatch):
+    # catches: a folder without a log that is drawn as nothing, a command that takes no folders
+    import bench
+    drawn = []
+    monkeypatch.setattr(prepare_data, "draw_curves", lambda *given: drawn.append(given), raising=False)
+    for name in ("out-a", "out-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text("step,loss\n0,1.0\n")
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(folders=["out-a", "out-b"], png="c.png")
+    bench.curves(args)
+    assert drawn == [(["out-a", "out-b"], "c.png")]
+    for folders, words in ((["out-a", "out-c"], "out-c has no log.csv"), (None, "say which runs")):
+        with pytest.raises(SystemExit, match=words):
+            bench.curves(argparse.Namespace(folders=folders, png="c.png"))
+    assert "out-c has no log.csv" in run("bench.py", "curves", "out-a", "out-c", cwd=tmp_path, code=1)
+    assert "--png is no flag of report" in run("bench.py", "report", "--png=c.png", cwd=tmp_path, code=2)
+    assert "--folders is no flag of report" in run("bench.py", "report", "out-a", cwd=tmp_path, code=2)
 
 
 # -----------------------------------------------------------------------------
