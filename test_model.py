@@ -1951,7 +1951,7 @@ def fault_wrong_flags(work, rng, tries):
     exit code 2 that name the flag (a wrong name or place of a file may end in 1). A twentieth of them where tries is small."""
     base = {"train.py": [*TINY, "--max_iters=1", "--eval_rows=2"], "sample.py": ["--out_dir=whole", "--start=one", "--max_new_tokens=2", "--device=cpu"],
             "prepare_data.py": ["--dataset=recall", "--rows=50", "--data_dir=flags", "--force"], "bench.py": ["speed", "--lengths=8", "--only=copy", "--compile=False"]}
-    files = ("--out_dir", "--data_dir", "--dataset", "--source", "--start", "--input", "--output", "--ckpt", "--json", "--first", "--nanogpt", "--mixers_from", "--show")
+    files = ("--out_dir", "--data_dir", "--dataset", "--source", "--start", "--input", "--output", "--ckpt", "--json", "--first", "--nanogpt", "--mixers_from", "--init_from", "--show")
     jobs = []
     for name, flags in base.items():
         for flag in sorted(set(re.findall(r"^  (--\w+)", run(name, "--help", cwd=work), re.M))):

@@ -653,6 +653,8 @@ while True:
             except (Exception, SystemExit) as e:  # a picture ends no training
                 drawing = False
                 say(f"curve.png is not drawn ({one_line(e)})")
+        if world > 1:
+            dist.barrier(group=patient)  # what the master writes and draws has no limit of time either
         t_log, first = time.time(), iter_num
     evaluated = False
     if iter_num >= cfg.max_iters:
