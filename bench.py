@@ -1265,9 +1265,10 @@ def curves(args):
     draw_curves(args.folders, args.png)
     print(f"drawn to {args.png}")
 
-FLAGS = dict(variants="mixers_from json", quality="suite only arm source data_dir jobs", report="", curves="folders png",
-             speed="only lengths prompt n_embd n_head dtype compile json first", gpu="only nanogpt",
-             transforms="lengths json", steps="lengths nanogpt json", compiled="only n_embd n_head json")
+FLAGS = dict(  # of each command
+    variants="mixers_from json", speed="only lengths prompt n_embd n_head dtype compile json first",
+    steps="lengths nanogpt json", compiled="only n_embd n_head json", transforms="lengths json",
+    gpu="only nanogpt", quality="suite only arm source data_dir jobs", curves="folders png", report="")
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
