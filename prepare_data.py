@@ -5,7 +5,7 @@ Turns a data set into a folder of token files that train.py memory-maps.
     python prepare_data.py --dataset=multi30k                          # from the hub
     python prepare_data.py --dataset=wmt16 --source=DIR                # from a copy in the hub's own layout
     python prepare_data.py --dataset=parallel --source=train.en,train.de
-    python prepare_data.py --dataset=text --source=my.txt [--tokenizer=bytes] [--name=mine]
+    python prepare_data.py --dataset=text --source=my.txt              # --tokenizer=bytes --name=mine
     python prepare_data.py --dataset=table --source=my.csv             # CSV, TSV, JSONL: --text=, --label=
     python prepare_data.py --dataset=imdb
 
@@ -1279,8 +1279,8 @@ HABITS = {  # what other programs call a flag, and ours; of several the first th
     "n_embd": "d_model dim hidden hidden_size hidden_dim", "block_size": "seq_len max_length context_length",
     "mixer": "model attention", "dtype=float16": "fp16 half amp precision", "dtype=bfloat16": "bf16",
     "init_from": "checkpoint ckpt load load_from pretrained", "ckpt": "checkpoint load", "resume": "continue",
-    "out_dir": "out output_dir save_dir", "source": "file path input", "device": "cuda gpu", "start": "prompt",
-    "max_new_tokens": "max_tokens", "beam": "num_beams beam_size"}
+    "out_dir": "out output_dir save_dir", "source": "file path input", "device": "cuda gpu",
+    "start": "prompt", "max_new_tokens": "max_tokens", "beam": "num_beams beam_size"}
 ELSEWHERE = {"wandb": "what a run logs is in out_dir/log.csv, drawn in curve.png",
              "gpus": "torchrun starts a process on each GPU, as python train.py --help shows"}
 
