@@ -380,7 +380,7 @@ def cell(name, T, card):
     modules = {"eager": build(name, card, T)}
     call, against = passes(modules["eager"], card, T), SPEED[name][2]
     keep_freed_pages(False)
-    passes(modules["eager"], card, 8)()  # threads, autograd's engine, lazy imports
+    passes(build(name, card, 8), card, 8)()  # threads, autograd's engine, lazy imports
     memory, found = memory_of(call), []
     keep_freed_pages()
     floor = floor_of(call, modules["eager"], card, T) if CUDA else 0.0

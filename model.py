@@ -455,9 +455,9 @@ class Haar(nn.Module):
         if not torch.compiler.is_compiling() and T > size:
             warnings.warn(f"decimated haar: nothing leaves a block of {size} tokens, of {T}: raise --levels")
         whole = (T + size - 1) // size * size  # padded behind, so that every level halves
-        a = F.pad(a, (0, 0, 0, size))[:, :whole]
+        a = F.pad(a, (0, 0, 0, whole - T))
         mask = a.new_ones(1, T).bool() if mask is None else mask
-        mask = F.pad(mask, (0, size))[:, :whole]  # how far the batch was padded must not matter
+        mask = F.pad(mask, (0, whole - T))  # how far the batch was padded must not matter
         for l in range(self.L):
             low, high = self.wavelet.filters(l)
             p = len(low) // 2 - 1
