@@ -692,8 +692,8 @@ def compiled_cell(arch, mixer, card):
     fields = dict(block_size=card["block_size"], n_embd=card["n_embd"], n_head=card["n_head"])
     net = model.WaveletTransformer(ModelConfig(arch=arch, mixer=mixer, **fields)).to(DEVICE)
     batches = []
-    for T in torch.linspace(card["block_size"] // 4, card["block_size"], 10).long().tolist():
-        idx = torch.randint(1, 256, (8, T - 1), device=DEVICE)  # of odd lengths, too
+    for T in torch.linspace(card["block_size"] // 32, card["block_size"] // 8, 10).long().tolist():
+        idx = torch.randint(1, 256, (8, 8 * T), device=DEVICE)  # batches are filled up to a multiple of 8
         target = idx[:, 0] % 2 if arch == "encoder" else idx
         batches.append((idx, target, idx) if arch == "encdec" else (idx, target))
 

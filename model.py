@@ -456,8 +456,7 @@ class Haar(nn.Module):
             warnings.warn(f"decimated haar: nothing leaves a block of {size} tokens, of {T}: raise --levels")
         whole = (T + size - 1) // size * size  # padded behind, so that every level halves
         a = F.pad(a, (0, 0, 0, whole - T))
-        mask = a.new_ones(1, T).bool() if mask is None else mask
-        mask = F.pad(mask, (0, whole - T))  # how far the batch was padded must not matter
+        mask = F.pad(a.new_ones(1, T).bool() if mask is None else mask, (0, whole - T))
         for l in range(self.L):
             low, high = self.wavelet.filters(l)
             p = len(low) // 2 - 1
@@ -520,8 +519,9 @@ def features(x, R, kind, query=False):
         u = x @ R if query else R.mT @ x.mT
         less = u.amax(-1, keepdim=True).detach() if query else x.square().sum(-1)[..., None, :] / 2
         return (u - less).exp()  # a query's factor cancels: its largest is set to 1
-    R = R * m ** -0.5
-    return F.relu(x @ R if query else R.mT @ x.mT)
+    R = R * (m ** -0.5 / 2)
+    u = x @ R if query else R.mT @ x.mT
+    return u + u.abs()  # 2 ReLU(u), without the mask that a compiler would keep
 
 def normalise(y):  # sums (..., dh + 1) -> the first dh over the last
     return y[..., :-1] / (y[..., -1:] + 1e-6)
