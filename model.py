@@ -519,9 +519,9 @@ def features(x, R, kind, query=False):
         u = x @ R if query else R.mT @ x.mT
         less = u.amax(-1, keepdim=True).detach() if query else x.square().sum(-1)[..., None, :] / 2
         return (u - less).exp()  # a query's factor cancels: its largest is set to 1
-    R = R * (m ** -0.5 / 2)
+    R = R * m ** -0.5
     u = x @ R if query else R.mT @ x.mT
-    return u + u.abs()  # 2 ReLU(u), without the mask that a compiler would keep
+    return (u + u.abs()) / 2 if torch.compiler.is_compiling() else F.relu(u)  # with a mask
 
 def normalise(y):  # sums (..., dh + 1) -> the first dh over the last
     return y[..., :-1] / (y[..., -1:] + 1e-6)
