@@ -19,6 +19,7 @@ controls and peers are mixers that register themselves when this file is importe
 
 import csv
 import dataclasses
+import gzip
 import importlib
 import importlib.util
 import json
@@ -893,11 +894,13 @@ TRANSLATE = "--dataset=multi30k --dropout=0.1 --label_smoothing=0.1 --batch_size
 suite("multi30k", "English to German, joint BPE of 4,000; sacreBLEU",
       TRANSLATE + " --n_layer=3 --max_iters=2500 --eval_interval=500", PAIRS | arms("""wersa, no gate: wersa
     wersa, no gate, aligned cross: wersa cross=aligned""", gate=False), (1337, 1, 2), (4e-3, 2e-3, 1e-3))
-suite("multi30k_long", "multi30k, larger and longer, joint BPE of 10,000",
-      TRANSLATE + " --n_layer=4 --dropout=0.2 --beam=5 --max_iters=12000 --warmup_iters=1000 "
-      "--eval_interval=1000",
-      some(PAIRS, "attention; attention, no gate; wersa; haar; haar, attention cross; hybrid"),
-      rates=(2e-3, 1e-3, 4e-3), data="long", prepare=dict(multi30k=dict(vocab_size=10_000)))
+suite("anchor", "English to German as transformer_tiny of arXiv 2105.14462: joint BPE of 10,000, about 4,096 "
+      "target tokens a step, the mean of the last 10 checkpoints",
+      "--dataset=multi30k --n_layer=4 --dropout=0.3 --label_smoothing=0.1 --batch_size=288 --max_iters=8000 "
+      "--warmup_iters=2000 --eval_interval=100 --metric_rows=50 --patience=10 --average=10 --beam=5",
+      arms("""attention: attention; haar, attention cross: haar cross=attention; haar: haar
+    hybrid: haar,haar,haar,attention""", gate=True),
+      seeds=(1, 2), rates=(5e-3,), data="long", prepare=dict(multi30k=dict(vocab_size=10_000)))
 SMALL = "--n_embd=64 --warmup_iters=50 "
 suite("lmwt", "numbers", SMALL + "--batch_size=32 --max_iters=600 --eval_interval=300", PAIRS | arms("""
     haar, no gate, db2: haar wavelet=db2; haar, no gate, attention cross: haar cross=attention
@@ -1018,6 +1021,26 @@ def prepared(suite, all_flags, args, path):
                     " give the --source of that one with another --data_dir, or move the file away")
     return data_dir, meta
 
+def keep_translations(args, out, row):
+    """What a run made of its test set into results/hyp, and of every .en file in --translate=DIR into
+    results/unseen, unless a run of this arm and seed at another rate was better on val."""
+    rows = [r for r in read_rows(RESULTS / f"{args.suite}.csv") if r["arm"] == row["arm"]]
+    rivals = [float(r["val_loss"]) for r in rows if r["seed"] == str(row["seed"])]
+    if not (out / "test.hyp.txt").exists() or row["val_loss"] > min(rivals, default=math.inf):
+        return
+    name = re.sub(r"\W+", "-", f"{args.suite} {row['arm']}") + f"-{row['seed']}"
+    for folder in ("hyp", "unseen"):
+        (RESULTS / folder).mkdir(parents=True, exist_ok=True)
+    with gzip.GzipFile(RESULTS / "hyp" / f"{name}.test.de.gz", "wb", mtime=0) as f:
+        f.write((out / "test.hyp.txt").read_bytes())
+    flags = row["flags"].split()
+    weights = "average.pt" if last(flags, "average") else "best.pt"
+    for source in sorted(Path(args.translate).glob("*.en")) if args.translate else []:
+        translated = RESULTS / "unseen" / f"{name}.{source.stem}.de"
+        subprocess.run([sys.executable, HERE / "sample.py", f"--out_dir={out}", f"--ckpt={weights}",
+                        f"--input={source}", f"--output={translated}", f"--beam={last(flags, 'beam', 1)}"],
+                       check=True)
+
 def quality(args):
     suite, path, git = SUITES[args.suite], RESULTS / f"{args.suite}.csv", git_state()
     if args.arm:
@@ -1055,6 +1078,7 @@ def quality(args):
         row.update({f"data_{k}": v for k, v in result["data"].items()})
         row["groups"] = result["test"].get("groups", {})
         row.update({k: json.dumps(row[k]) for k in ("far", "trivial", "groups")})
+        keep_translations(args, out, row)
         with writing:  # as a whole: a kill leaves the old file or the new one
             rows = [*read_rows(path), row]
             path.parent.mkdir(exist_ok=True)
@@ -1268,7 +1292,7 @@ def curves(args):
 FLAGS = dict(  # of each command
     variants="mixers_from json", speed="only lengths prompt n_embd n_head dtype compile json first",
     steps="lengths nanogpt json", compiled="only n_embd n_head json", transforms="lengths json",
-    gpu="only nanogpt", quality="suite only arm source data_dir jobs", curves="folders png", report="")
+    gpu="only nanogpt", quality="suite only arm source translate data_dir jobs", curves="folders png", report="")
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
@@ -1283,6 +1307,7 @@ if __name__ == "__main__":
     p.add("--suite", default="decoders", choices=list(SUITES), help="a stopped one goes on where it was")
     p.add("--arm", help='one arm more: "label: --mixer=haar --levels=5"')
     p.add("--source", help="where the data set comes from: a text for decoders, a folder for multi30k")
+    p.add("--translate", help="a folder whose .en files each run translates, into results/unseen")
     p.add("--data_dir", default="data")
     p.add("--jobs", type=int, default=1, low=1, high=1024, help="trainings at a time, sharing the cores")
     p.section("speed")

@@ -1259,6 +1259,40 @@ def test_killed_and_resumed_equals_undisturbed(work):
     assert torch.equal(a["model"]["wte.weight"], b["model"]["wte.weight"]) and not os.path.exists(f"{broken}/ckpt.pt.tmp")
 
 
+def test_average_of_the_last_evaluations(work):
+    # catches: a mean of other steps, one that a kill changes, older weights left on the disk, a test of the best weights
+    flags = [*TINY, "--mixer=haar", "--average=2", "--eval_interval=3"]
+    run("train.py", *flags, "--out_dir=mean", cwd=work)
+    folders = [os.path.join(work, name) for name in ("mean", "mean-killed")]
+    kept = ["weights-00000009.pt", "weights-00000012.pt"]
+    assert kill_after(10, signal.SIGKILL, *flags, cwd=work, out="mean-killed") == -signal.SIGKILL
+    said = run("train.py", *flags, "--resume", "--out_dir=mean-killed", cwd=work)
+    assert "of the weights at 2 evaluations" in said
+    for folder in folders:
+        assert sorted(name for name in os.listdir(folder) if name.startswith("weights-")) == kept
+        parts = [load_checkpoint(os.path.join(folder, name))["model"] for name in kept]
+        mean = load_model(os.path.join(folder, "average.pt"))[0].state_dict()
+        for name, tensor in mean.items():
+            close(tensor, (parts[0][name] + parts[1][name]) / 2, 1e-6)
+    results = [json.load(open(os.path.join(folder, "result.json"))) for folder in folders]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+    best = load_checkpoint(os.path.join(folders[0], "best.pt"))["best_loss"]
+    assert results[0]["val_loss"] != best
+    for name in kept:
+        os.remove(os.path.join(folders[1], name))
+    said = run("train.py", "--resume", "--out_dir=mean-killed", cwd=work, code=2)
+    assert "no weights of earlier evaluations to average" in said
+
+
+def test_patience(work):
+    # catches: evaluations counted anew after --resume, an end that skips the test
+    flags = [*TINY, "--mixer=haar", "--learning_rate=0", "--patience=2", "--max_iters=400"]
+    assert kill_after(5, signal.SIGKILL, *flags, cwd=work, out="tired") == -signal.SIGKILL
+    said = run("train.py", *flags, "--resume", "--out_dir=tired", cwd=work)
+    assert "step 00008/00400 | no lower validation loss in 2 evaluations: the end" in said
+    assert "8 steps in" in said and "test loss" in said
+
+
 def test_two_processes_equal_one(work):
     # catches: the mean of per-process means on ragged batches, a rank reading another's rows, unsummed gradients
     flags = [*TINY, "--mixer=haar", "--dropout=0", "--gradient_accumulation_steps=2", "--max_iters=8"]

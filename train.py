@@ -89,6 +89,10 @@ p.add("--eval_rows", int, "validation rows whose loss is taken", 1, 2**40, defau
 p.add("--metric_rows", int, "validation rows that are decoded for exact match or BLEU", 1, 2**40, default=200)
 p.add("--eval_block_size", lambda s: s if s == "0" else ",".join(map(str, comma_separated(s))),
       "test at these lengths too, on the split long if there is one; default: its longest; 0 = do not")
+p.add("--patience", int, "end after so many evaluations without a lower validation loss; 0: do not", 0, 10**6,
+      default=0)
+p.add("--average", int, "test the mean weights of so many last evaluations; 0: those of the best", 0, 1000,
+      default=0)
 p.add("--beam", int, "beams of the last test; 1 = greedy", 1, 1000, default=1)
 p.add("--log_interval", int, "", 1, 2**40, default=10)
 p.add("--seed", int, "", 0, 2**63 - 1, default=1337)
@@ -340,11 +344,14 @@ if source:
         had = os.path.join(cfg.data_dir, str(source["meta"].get("name")))
         say("             its embeddings mean other words, as its tokenizer is another: prepare the data "
             f"with --tokenizer_from={had}")
+best_iter = 0
 if ckpt and ckpt["best_loss"] < math.inf:  # the end takes it
     if not os.path.exists(best_path):
         stop(f"{best_path} does not exist, which this run is to test at its end: bring it back, or copy "
              f"{ckpt_path} there to test no earlier state than that")
-    build(best_path, load_checkpoint(best_path), model_cfg)
+    best = load_checkpoint(best_path)
+    build(best_path, best, model_cfg)
+    best_iter = best["iter_num"]
 model.to(device)
 betas = (cfg.beta1, cfg.beta2)
 optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
@@ -515,6 +522,9 @@ def score(split, found, limit, beam=1, T=T_max):
     result = bleu.corpus_score(answers, [tgt]).score
     if limit >= meta["splits"][split]["rows"]:
         say(f"sacreBLEU signature: {bleu.get_signature()}")
+        bleu = sacrebleu.metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"), lowercase=True)
+        found["lowercased"] = bleu.corpus_score(answers, [tgt]).score
+        write(f"{out}/{split}.hyp.txt", lambda f: f.writelines(line + "\n" for line in answers))
     return result
 
 # ---- checkpoints and log
@@ -546,10 +556,31 @@ def save(evaluated):
                  iter_num=iter_num, best_loss=best_loss)
     if evaluated and val_loss == best_loss:
         write(best_path, lambda f: torch.save(state, f), "wb")
+    if evaluated and cfg.average:
+        write(f"{out}/weights-{iter_num:08d}.pt", lambda f: torch.save(state, f), "wb")
+        for older in kept_weights()[:-cfg.average] if master else []:
+            os.remove(older)
     last = dict(state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings,
                 evaluated=evaluated, skipped=skipped, in_a_row=in_a_row, sums=sums.tolist(),
                 seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0)
     write(ckpt_path, lambda f: torch.save(last, f), "wb")
+
+def kept_weights():
+    """The files that --average takes the mean of: the weights at each of this run's last evaluations."""
+    names = sorted(name for name in os.listdir(out) if name.startswith("weights-"))
+    return [os.path.join(out, name) for name in names if name <= f"weights-{iter_num:08d}.pt"]
+
+def average():
+    """Take the mean of the kept weights, as arXiv 1706.03762, section 6.1; it is left in average.pt."""
+    paths = kept_weights()
+    if not paths:
+        stop(f"{out} has no weights of earlier evaluations to average: leave out --average", 2)
+    states = [load_checkpoint(path)["model"] for path in paths]
+    mean = {name: sum(state[name].double() for state in states) / len(states) for name in states[0]}
+    model.load_state_dict(mean)
+    state = dict(load_checkpoint(paths[-1]), model=model.state_dict())
+    write(f"{out}/average.pt", lambda f: torch.save(state, f), "wb")
+    say(f"average      of the weights at {len(paths)} evaluations, in {out}/average.pt")
 
 had = ckpt["config"] if ckpt else settings
 changed = [f"{k}={v} was {had.get(k)}" for k, v in settings.items() if v != had.get(k) and k != "resume"]
@@ -561,7 +592,8 @@ if master:
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
             owner = own()  # of the new folder, as the lock has moved too
         megabytes = sum(v.nbytes for v in model.state_dict().values()) / 1e6
-        megabytes *= 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
+        copies = 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
+        megabytes *= copies + cfg.average
         disk = shutil.disk_usage(out)
         if disk.total and disk.free < 1e6 * megabytes:  # some disks say 0 of 0
             stop(f"{out} has room for {disk.free / 1e6:,.0f} MB, the checkpoints need {megabytes:,.0f} MB: "
@@ -642,7 +674,8 @@ while True:
         save(evaluated=False)  # an evaluation may take longer than a scheduler waits
         found = evaluate(splits["val"], cfg.eval_rows)
         val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
-        best_loss = min(best_loss, val_loss)
+        if val_loss < best_loss:
+            best_loss, best_iter = val_loss, iter_num
         best = " | best" * (val_loss == best_loss)
         say(f"{at} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}{best}")
         log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
@@ -657,7 +690,10 @@ while True:
             dist.barrier(group=patient)  # what the master writes and draws has no limit of time either
         t_log, first = time.time(), iter_num
     evaluated = False
-    if iter_num >= cfg.max_iters:
+    tired = cfg.patience and iter_num - best_iter >= cfg.patience * cfg.eval_interval
+    if tired:
+        say(f"{at} | no lower validation loss in {cfg.patience} evaluations: the end")
+    if tired or iter_num >= cfg.max_iters:
         break
 
     if compiled and iter_num == launched + WARM:
@@ -724,7 +760,11 @@ while True:
 seconds += time.time() - t_start
 if world > 1:
     dist.barrier()
-model.load_state_dict(load_checkpoint(best_path, device)["model"])
+if cfg.average:
+    average()
+    best_loss = evaluate(splits["val"], cfg.eval_rows)["loss"]
+else:
+    model.load_state_dict(load_checkpoint(best_path, device)["model"])
 
 def test(split, data, T):
     """All of a split at up to T tokens a row -> what was found; says it."""
@@ -745,13 +785,13 @@ def test(split, data, T):
         say(f"{where} accuracy by {meta['groups']}: {groups}")
     return dict(found, split=split, block_size=T, metric=metric, n=len(data), trivial=trivial)
 
-say(f"{cfg.max_iters} steps in {seconds / 60:.1f} minutes")
+say(f"{iter_num} steps in {seconds / 60:.1f} minutes")
 found = test("test", splits["test"], T_max)
 for T in Ts_far:
     if T not in beyond:
         say(f"{far} at {T} tokens: left out, --pos=learned knows no position beyond --block_size={T_max}")
 data = {name: int(np.sum(meta["splits"]["train"][name])) for name in ("rows", "tokens")}
-result = dict(params=n_params, steps=cfg.max_iters, seconds=round(seconds, 1), val_loss=best_loss,
+result = dict(params=n_params, steps=iter_num, seconds=round(seconds, 1), val_loss=best_loss,
               test_loss=found["loss"], test_metric=found["metric"], metric=METRIC, n=found["n"],
               trivial=found["trivial"], test=found, data=dict(data, seconds=meta["seconds"]),
               far=[test(far, data, T) for T, data in beyond.items()])
