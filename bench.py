@@ -876,6 +876,23 @@ suite("hybrids", "decoders: where attention stands among layers of haar, and how
     first: attention,haar,haar,haar; every other: haar,attention
     every other, 16 tokens: haar,attention window=16; all, 16 tokens: attention window=16""", gate=True),
       **BYTES)
+suite("beyond", "decoders: reading further than was trained, by attention without positions or with a window",
+      TEXT, some(DECODERS, "haar") | arms("""attention: attention; no positions: attention pos=none
+    window of 128 tokens: attention window=128""", gate=True) | arms("""attention, no gate: attention
+    no positions, no gate: attention pos=none
+    window of 128 tokens, no gate: attention window=128""", gate=False), **BYTES)
+suite("documents", "decoders, in blocks of 1,024 tokens", TEXT + " --block_size=1024 --batch_size=4 "
+      "--metric_rows=100 --eval_block_size=2048,4096", arms("""attention: attention n_embd=124; haar: haar
+    wersa: wersa; hybrid: haar,haar,haar,attention""", gate=True), **BYTES)
+suite("nanogpt", "nanoGPT's CPU settings on its own Shakespeare; --source is a folder of its two halves, "
+      "train.txt (the first 1,003,854 bytes) and val.txt, which is the test set too",
+      "--dataset=text --block_size=64 --batch_size=12 --n_layer=4 --max_iters=2000 --warmup_iters=100 "
+      "--beta2=0.99 --eval_interval=500 --eval_rows=2000",
+      arms("""nanoGPT's form: attention n_embd=128 gate=False pos=learned
+    attention, no gate: attention gate=False""") | arms("""attention: attention; haar: haar
+    haar, 3 levels: haar levels=3; wersa: wersa; wavspa: wavspa wavelet=db2 levels=1
+    hybrid: haar,haar,haar,attention; hybrid, attention first: attention,haar,haar,haar""", gate=True),
+      rates=(1e-3, 2e-3, 4e-3), data="nanogpt", prepare=dict(text=dict(tokenizer="bytes")))
 suite("wavelets", "decoders: Daubechies' longer filters, learned (haar) or not", TEXT,
       some(DECODERS, "attention; haar; wersa") | arms("""haar, db2: haar wavelet=db2
     haar, db4: haar wavelet=db4; haar, db8: haar wavelet=db8; haar, fixed: haar wavelet_params=fixed
@@ -950,19 +967,6 @@ for name, flags, what in (("listops", "", "500 to 2,000 tokens"), ("pathfinder",
                           ("imdb", "--block_size=4096", "4,096 bytes of a review")):
     suite(f"{name}_long", what, f"--dataset={name} {flags} {LONG}",
           WERSA | some(MORE, "wersa, L=2, m=1024") | WAVSPA | GATED, rates=(1e-3, 3e-4), data="long")
-
-suite("tasks", "every data set with a short training of one mixer", "--n_embd=64 --max_iters=1500", arms("""
-    numbers, wersa: wersa n_embd=128 max_iters=800
-    listops, haar: haar dataset=listops; lego, attention: attention dataset=lego n_layer=3 learning_rate=1e-3
-    pathfinder, attention: attention dataset=pathfinder batch_size=32 max_iters=800 learning_rate=1e-3
-    recall, attention: attention dataset=recall n_head=2 batch_size=128 max_iters=3000 learning_rate=5e-4
-    multi30k, wersa: wersa dataset=multi30k n_embd=128 max_iters=600 dropout=0.1 label_smoothing=0.1
-    wmt16, attention: attention dataset=wmt16 n_embd=128 max_iters=2500 metric_rows=100
-    imdb, wersa: wersa dataset=imdb block_size=512 batch_size=32 max_iters=600 learning_rate=1e-3
-    text, haar: haar dataset=text n_embd=128 block_size=128 batch_size=16 n_layer=4 max_iters=400"""),
-      seeds=(1337,), data="tasks", match=False, prepare=dict(
-          listops=SHORT["listops"], pathfinder=dict(rows=20_000), wmt16=dict(vocab_size=4000),
-          recall=dict(n_pairs=8, n_keys=32), text=dict(tokenizer="bytes")))
 
 SMOKE = {f"numbers: {arm}": PAIRS[arm] for arm in ("attention", "haar", "haar, attention cross")}
 SMOKE |= {f"listops: {arm}": ["--dataset=listops", *flags] for arm, flags in WAVSPA.items()}
@@ -1134,24 +1138,14 @@ def said(values):
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
-def welch(a, b):
-    """Two-sided p of Welch's t-test (1947) that two samples of at least 2 have one mean."""
-    va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
-    if va + vb == 0:
-        return float(statistics.mean(a) == statistics.mean(b))
-    t = abs(statistics.mean(a) - statistics.mean(b)) / math.sqrt(va + vb)
-    n = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))  # degrees of freedom
-    x, step = np.linspace(0, t, 200_000, endpoint=False, retstep=True)
-    inside = 2 * step * ((1 + (x + step / 2) ** 2 / n) ** (-(n + 1) / 2)).sum()  # of Student's density
-    scale = math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi * n)
-    return max(0.0, 1 - inside * scale)
-
 def against(rows, first):
-    """How far an arm's scores lie from the first arm's, and p."""
+    """How far an arm's scores lie from the first arm's, and two-sided p of Welch's t-test."""
+    import scipy.stats
     a, b = score(rows), score(first)
     if rows is first or min(len(a), len(b)) < 2:
         return ""
-    return f"{statistics.mean(a) - statistics.mean(b):+.3f}, p = {welch(a, b):.1g}"
+    p = scipy.stats.ttest_ind(a, b, equal_var=False).pvalue
+    return f"{statistics.mean(a) - statistics.mean(b):+.3f}, p = {p:.1g}"
 
 def score(rows, key="test_metric"):
     return [float(r[key]) for r in rows]
@@ -1165,16 +1159,8 @@ def in_order(arms):
     return sorted(arms, key=lambda arm: statistics.mean(score(arms[arm])), reverse=not lower)
 
 def table(path):
-    """One suite's CSV -> a Markdown table, best arm first, trivial scores last. Where the arms are data sets:
-    each with its size and its own trivial scores."""
+    """One suite's CSV -> a Markdown table, best arm first, what knows nothing last."""
     best, rows, lines = arms_of(path), read_rows(path), []
-    if len({(r["n"], r["metric"]) for r in rows}) > 1:  # several test sets
-        for arm, rs in best.items():
-            r = rs[0]
-            size = [f"{int(r[k]):,}" for k in ("data_rows", "data_tokens")]
-            lines.append([arm, *size, f"{float(r['data_seconds']):.1f} s", f"{r['metric']} {said(score(rs))}",
-                          listed(json.loads(r["trivial"])), r["steps"]])
-        return as_table(["arm", "rows", "tokens", "prepared in", "test score", "trivial", "steps"], lines)
     far = {arm: [json.loads(r.get("far") or "[]") for r in rs] for arm, rs in best.items()}
     early = any(not f for fs in far.values() for f in fs)  # rows that have none
     beyond = [] if early else next(iter(far.values()))[0]
@@ -1257,16 +1243,14 @@ def report(args):
     for path in sorted(RESULTS.glob("*.json")):
         if "speed" not in path.stem or path.stem.startswith("gpu"):
             blocks[path.stem] = run_table(path)
-    for path in sorted(RESULTS.glob("**/*.csv")):
-        name = path.relative_to(RESULTS).with_suffix("").as_posix()
-        blocks[name] = f"{protocol(name)}\n{table(path)}" if name in SUITES else table(path)
+    for path in sorted(RESULTS.glob("*.csv")):
+        blocks[path.stem] = f"{protocol(path.stem)}\n{table(path)}"
+    for path in RESULTS.glob("faults.md"):  # python test_model.py 20 > results/faults.md
+        blocks[path.stem] = path.read_text(encoding="utf-8").strip()
     for name in blocks:
-        if "/" not in name and f"<!-- {name} -->" not in text:  # its first rows: a section of its own
+        if f"<!-- {name} -->" not in text:  # its first rows: a section of its own
             section = f"### {name}\n\n<!-- {name} -->\n<!-- end -->\n\n"
-            text = text.replace("## First edition", section + "## First edition", 1)
-    for path in RESULTS.glob("**/faults.md"):  # python test_model.py 20 > results/faults.md
-        name = path.relative_to(RESULTS).with_suffix("").as_posix()
-        blocks[name] = path.read_text(encoding="utf-8").strip()
+            text = text.replace("## Negative results", section + "## Negative results", 1)
     main = {"results": overall()}
     if runs:
         blocks["speed"] = "\n".join(speed_tables(runs)).strip()
@@ -1292,7 +1276,8 @@ def curves(args):
 FLAGS = dict(  # of each command
     variants="mixers_from json", speed="only lengths prompt n_embd n_head dtype compile json first",
     steps="lengths nanogpt json", compiled="only n_embd n_head json", transforms="lengths json",
-    gpu="only nanogpt", quality="suite only arm source translate data_dir jobs", curves="folders png", report="")
+    gpu="only nanogpt", quality="suite only arm source translate data_dir jobs", curves="folders png",
+    report="")
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
