@@ -308,15 +308,13 @@ def times_faster(mine, other):
     """Two lists of seconds, pair by pair -> [p20, median, p80] of other / mine."""
     return np.quantile(np.array(other) / np.array(mine), (0.2, 0.5, 0.8)).tolist()
 
-def build(name, card, T, library=model):
+def build(name, card, T):
     kind, causal, _, own = SPEED[name]
     known = isinstance(kind, str)
     fields = dict(arch="decoder" if causal else "encoder", mixer=kind if known else "haar", gate=False,
                   block_size=max(T, 256), n_embd=card["n_embd"], n_head=card["n_head"]) | own
-    if library is not model and kind == "haar":  # what the first edition called it
-        fields["haar_encoder"] = "block" if fields.pop("undecimated", None) else "atrous"
     torch.manual_seed(0)
-    m = (library.build_mixer if known else kind)(library.ModelConfig(**fields), causal)
+    m = (build_mixer if known else kind)(ModelConfig(**fields), causal)
     return m.to(card["device"], getattr(torch, card["dtype"]))
 
 def load_library(folder, name):
@@ -390,8 +388,6 @@ def cell(name, T, card):
     if card["compile"]:
         for who, m in list(modules.items()):
             modules[who.replace("eager", "compiled")] = torch.compile(m, dynamic=True)
-    if card["first_at"] == T and SPEED[name][0] in ("haar", "wersa", "wavspa"):
-        modules["first"] = build(name, card, T, load_library(card["first"], "first_edition"))
     calls = {who: passes(m, card, T) for who, m in modules.items()}
     by_turns(calls, 0)  # warms up, and compiles
     seconds = by_turns(calls)
@@ -401,8 +397,6 @@ def cell(name, T, card):
             c = dict(arm=name, T=T, form=form, seconds=taken, memory=memory, of_floor=floor / taken)
             if against:
                 c["ratio"] = times_faster(seconds[form], seconds[f"{form} rival"])
-            if "first" in seconds:  # of the first edition's time
-                c["of_first"] = times_faster(seconds["first"], seconds[form])
             found.append(c)
     return found
 
@@ -462,17 +456,14 @@ def speed(args):
         card.update(limits(getattr(torch, dtype)))
     if args.json:
         load_runs(args.json)  # a bad file is found before the work
-    if args.first:
-        load_library(args.first, "first_edition")
     names, jobs, cells = chosen(SPEED, args.only), [], []
     print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in card.items()))
     names += {SPEED[name][2] for name in names} - {None, *names}
-    more = dict(card, first=args.first, first_at=args.first and (AT if AT in lengths else lengths[-1]))
     for name in names:
         stored = "stored" in name
         mine = [T for T in lengths if CUDA or args.lengths or T <= 4096 or not stored]
         # a GPU compiles once for all lengths; on a CPU each wants a peak of its own
-        jobs += [(cell, name, mine, more)] if CUDA else [(cell, name, [T], more) for T in mine]
+        jobs += [(cell, name, mine, card)] if CUDA else [(cell, name, [T], card) for T in mine]
         if SPEED[name][1] and not stored and isinstance(SPEED[name][0], str):
             jobs.append((decode_cell, name, [args.prompt], card))
     fresh = get_context("forkserver")
@@ -508,26 +499,27 @@ def merged(runs):
     of their medians, a ratio has the range, of one run p20 and p80. sure: in every run p20 is above 1."""
     kind = ("name", "dtype", "n_embd", "n_head", "threads")
     runs = [run for run in runs if all(run["card"][k] == runs[-1]["card"][k] for k in kind)]
-    where, found, cells = f"{len(runs)} run{'s' * (len(runs) > 1)}", {}, {}
+    found, cells = {}, {}
+    for run in runs:
+        for c in run["cells"]:
+            found.setdefault((c["arm"], c["T"], c["form"]), []).append(c)
+    most = max(map(len, found.values()))  # of any cell: a run may hold some of them only
+    where = f"{most} run{'s' * (most > 1)}"
     for k in runs[0]["card"]:
         values = [run["card"].get(k) for run in runs]
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
         where += f", {k} " + " ".join(dict.fromkeys(values))
-    for run in runs:
-        for c in run["cells"]:
-            found.setdefault((c["arm"], c["T"], c["form"]), []).append(c)
     for key, same in found.items():
-        m = cells[key] = dict(ratio="", of_first="", sure=all(c.get("ratio", [0])[0] > 1 for c in same))
+        m = cells[key] = dict(ratio="", sure=all(c.get("ratio", [0])[0] > 1 for c in same))
         for k in ("seconds", "memory", "ms", "of_floor"):
             if all(k in c for c in same):
                 m[k] = np.median([c[k] for c in same], 0)
-        for k in ("ratio", "of_first"):
-            triples = [c[k] for c in same if k in c]
-            middle = sorted(t[1] for t in triples)
-            if len(triples) == 1:
-                m[k] = interval(*triples[0])
-            elif triples:
-                m[k] = interval(middle[0], statistics.median(middle), middle[-1])
+        triples = [c["ratio"] for c in same if "ratio" in c]
+        middle = sorted(t[1] for t in triples)
+        if len(triples) == 1:
+            m["ratio"] = interval(*triples[0])
+        elif triples:
+            m["ratio"] = interval(middle[0], statistics.median(middle), middle[-1])
     return where, cells
 
 def interval(low, middle, high):
@@ -543,6 +535,15 @@ def crossover(cells, name, form):
         first = f"{T:,}"
     return first
 
+def exponent(cells, name, form):
+    """x in time ~ T^x, from the first length of at least 2,048 tokens to the last."""
+    lengths = sorted(T for arm, T, f in cells if (arm, f) == (name, form) and T >= 2048)
+    if len(lengths) < 2:
+        return ""
+    first, *_, last = lengths
+    grown = cells[name, last, form]["seconds"] / cells[name, first, form]["seconds"]
+    return f"{math.log(grown) / math.log(last / first):.2f} up to {last:,}"
+
 def as_table(head, rows):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
@@ -552,7 +553,7 @@ def speed_tables(runs, names=None):
     where, cells = merged(runs)
     lengths = sorted({T for _, T, form in cells if form == "eager"})
     arms = names or [name for name in SPEED if any(arm == name for arm, _, _ in cells)]
-    at, nothing, rows = AT if AT in lengths else lengths[-1], dict(ratio="", of_first=""), []
+    at, nothing, rows = AT if AT in lengths else lengths[-1], dict(ratio=""), []
     yield f"{where}. One row, forward and backward: times as fast as what it stands against, {at:,} tokens.\n"
     for name in arms:
         against = SPEED[name][2]
@@ -573,11 +574,10 @@ def speed_tables(runs, names=None):
         yield "\n" + as_table(["ms a token", *at, "a prompt of", "seconds", "times one parallel pass"], rows)
     if names:
         return
-    rows = [[arm, f"{T:,}", c["of_first"], cells.get((arm, T, "compiled"), nothing)["of_first"]]
-            for (arm, T, form), c in cells.items() if form == "eager" and c["of_first"]]
+    rows = [[arm, *(exponent(cells, arm, form) for form in ("eager", "compiled"))] for arm in arms]
+    rows = [row for row in rows if row[1]]
     if rows:
-        head = ["time, second / first edition", "T", "eager / eager", "compiled / eager"]
-        yield "\n" + as_table(head, rows)
+        yield "\n" + as_table(["time grows as T to the", "eager", "compiled"], rows)
     for form, key, unit, scale in (("eager", "seconds", "ms", 1e3), ("compiled", "seconds", "ms", 1e3),
                                    ("eager", "memory", "peak MiB over module and input", 2 ** -20)):
         rows = []
@@ -690,6 +690,7 @@ def steps(args):
 def compiled_cell(arch, mixer, card):
     """Training steps of ten ragged batches, eager and compiled block by block, as train.py does -> a row."""
     torch.manual_seed(0)
+    torch._dynamo.config.cache_size_limit = 64  # as in train.py
     fields = dict(block_size=card["block_size"], n_embd=card["n_embd"], n_head=card["n_head"])
     net = model.WaveletTransformer(ModelConfig(arch=arch, mixer=mixer, **fields)).to(DEVICE)
     batches = []
@@ -1274,7 +1275,7 @@ def curves(args):
     print(f"drawn to {args.png}")
 
 FLAGS = dict(  # of each command
-    variants="mixers_from json", speed="only lengths prompt n_embd n_head dtype compile json first",
+    variants="mixers_from json", speed="only lengths prompt n_embd n_head dtype compile json",
     steps="lengths nanogpt json", compiled="only n_embd n_head json", transforms="lengths json",
     gpu="only nanogpt", quality="suite only arm source translate data_dir jobs", curves="folders png",
     report="")
@@ -1303,7 +1304,6 @@ if __name__ == "__main__":
     p.add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: 16 bits on CUDA")
     p.add("--compile", type=bool, default=True, help="time the compiled modules too")
     p.add("--json", type=writable, help="add this run to the list of runs in that file (not quality)")
-    p.add("--first", help="a copy of the first edition (commit 9d7600d), timed beside ours")
     p.add("--nanogpt", help="steps, gpu: a copy of nanoGPT, timed beside ours")
     args = p.parse_args()
     if args.n_embd % args.n_head:
