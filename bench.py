@@ -5,6 +5,7 @@ Measure: what every mixer promises, how fast it is, what trained models score.
     python bench.py speed --json=results/speed.json  # time and memory beside flash attention, by turns
     python bench.py steps --nanogpt=DIR  # whole training steps beside nanoGPT's
     python bench.py compiled  # what the compiler costs, and from which step on it pays
+    python bench.py flops  # operations of each mixer by length, counted
     python bench.py transforms  # dwt and idwt beside PyWavelets and ptwt
     python bench.py gpu --nanogpt=DIR  # all of it that wants a GPU, in pieces, results/gpu-*.json
     python bench.py quality --suite=numbers  # train a grid, one row of results/numbers.csv per run
@@ -503,7 +504,8 @@ def merged(runs):
     for run in runs:
         for c in run["cells"]:
             found.setdefault((c["arm"], c["T"], c["form"]), []).append(c)
-    most = max(map(len, found.values()))  # of any cell: a run may hold some of them only
+    # of any cell, as a run may hold some of them only
+    most = max(len(same) for (_, _, form), same in found.items() if form != "decode")
     where = f"{most} run{'s' * (most > 1)}"
     for k in runs[0]["card"]:
         values = [run["card"].get(k) for run in runs]
@@ -773,6 +775,26 @@ def transforms(args):
     print(as_table(rows[0], [row.values() for row in rows]))
     if args.json:
         save_run(args.json, dict(card=card_of(args), rows=rows))
+
+def flops(args):
+    """Operations of a mixer's forward pass on one row, counted, not timed, and their share of attention's."""
+    arms = [name for name, (kind, causal, *_) in SPEED.items()
+            if not causal and kind in ("attention", "haar", "wersa", "wavspa")]
+    card, rows = dict(device="meta", dtype="float32", n_embd=args.n_embd, n_head=args.n_head), []
+    for T in args.lengths or [2 ** n for n in range(9, 18)]:
+        counted = {}
+        for name in arms:
+            m, x = build(name, card, T), row_of(card, T)
+            with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                m(x)
+            counted[name] = counter.get_total_flops()
+        row = {"GFLOP": f"{T:,}", FLASH: f"{counted[FLASH] / 1e9:.3f}"}
+        for name in arms[1:]:
+            row[name] = f"{counted[name] / 1e9:.3f}, {counted[name] / counted[FLASH]:.1%}"
+        rows.append(row)
+    print(as_table(rows[0], [row.values() for row in rows]))
+    if args.json:
+        save_run(args.json, dict(card=dict(git=git_state(), **card), rows=rows))
 
 def installed(name):
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
@@ -1277,6 +1299,7 @@ def curves(args):
 FLAGS = dict(  # of each command
     variants="mixers_from json", speed="only lengths prompt n_embd n_head dtype compile json",
     steps="lengths nanogpt json", compiled="only n_embd n_head json", transforms="lengths json",
+    flops="lengths n_embd n_head json",
     gpu="only nanogpt", quality="suite only arm source translate data_dir jobs", curves="folders png",
     report="")
 

@@ -344,7 +344,7 @@ if source:
         had = os.path.join(cfg.data_dir, str(source["meta"].get("name")))
         say("             its embeddings mean other words, as its tokenizer is another: prepare the data "
             f"with --tokenizer_from={had}")
-best_iter = 0
+best_iter = -1  # none yet
 if ckpt and ckpt["best_loss"] < math.inf:  # the end takes it
     if not os.path.exists(best_path):
         stop(f"{best_path} does not exist, which this run is to test at its end: bring it back, or copy "
@@ -554,7 +554,7 @@ def log(**row):
 def save(evaluated):
     state = dict(format=FORMAT, model=model.state_dict(), model_args=dataclasses.asdict(model_cfg), meta=meta,
                  iter_num=iter_num, best_loss=best_loss)
-    if evaluated and val_loss == best_loss:
+    if evaluated and iter_num == best_iter:
         write(best_path, lambda f: torch.save(state, f), "wb")
     if evaluated and cfg.average:
         write(f"{out}/weights-{iter_num:08d}.pt", lambda f: torch.save(state, f), "wb")
@@ -676,7 +676,7 @@ while True:
         val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
         if val_loss < best_loss:
             best_loss, best_iter = val_loss, iter_num
-        best = " | best" * (val_loss == best_loss)
+        best = " | best" * (iter_num == best_iter)
         say(f"{at} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}{best}")
         log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
         save(evaluated=True)
