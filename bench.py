@@ -937,7 +937,8 @@ suite("multi30k", "English to German, joint BPE of 4,000; sacreBLEU",
 suite("anchor", "English to German as transformer_tiny of arXiv 2105.14462: joint BPE of 10,000, about 4,096 "
       "target tokens a step, the mean of the last 10 checkpoints",
       "--dataset=multi30k --n_layer=4 --dropout=0.3 --label_smoothing=0.1 --batch_size=288 --max_iters=8000 "
-      "--warmup_iters=2000 --eval_interval=100 --metric_rows=50 --patience=10 --average=10 --beam=5",
+      "--warmup_iters=2000 --eval_interval=100 --metric_rows=50 --patience=10 --average=10 --beam=5 "
+      "--dtype=bfloat16",
       arms("""attention: attention; haar, attention cross: haar cross=attention; haar: haar
     hybrid: haar,haar,haar,attention""", gate=True),
       seeds=(1, 2), rates=(5e-3,), data="long", prepare=dict(multi30k=dict(vocab_size=10_000)))
