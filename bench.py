@@ -528,9 +528,11 @@ def interval(low, middle, high):
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 def crossover(cells, name, form):
-    """The first length from which on name is surely faster than what it is held against."""
+    """The first of several lengths from which on name is surely faster than what it is held against."""
     lengths = sorted(T for arm, T, f in cells if (arm, f) == (name, form))
-    first = f"not up to {lengths[-1]:,}" if lengths else ""
+    if len(lengths) < 2:
+        return ""
+    first = f"not up to {lengths[-1]:,}"
     for T in reversed(lengths):
         if not cells[name, T, form]["sure"]:
             break

@@ -2768,25 +2768,28 @@ def test_strange_rows_in_the_hubs_layout(tmp_path):
 
 
 def test_speed_bench(tmp_path):
-    # catches: a base that is left out, a ratio of other than pairs, a run that overwrites the earlier ones, a crossover that is not sure
+    # catches: a base that is left out, a run that overwrites the earlier ones, a crossover that is not sure
     import bench
-    flags = ["speed", "--lengths=64,256", "--only=wersa, causal, m=128", "--compile=False", "--prompt=300", "--json=s.json"]
+    arm = "wersa, causal, m=128"
+    flags = ["--lengths=64,256", f"--only={arm}", "--compile=False", "--prompt=300", "--json=s.json"]
     for _ in range(2):
-        said = run("bench.py", *flags, cwd=tmp_path)
+        said = run("bench.py", "speed", *flags, cwd=tmp_path)
     runs = json.load(open(tmp_path / "s.json"))
-    assert len(runs) == 2 and "wersa, causal, m=128" in said
+    assert len(runs) == 2 and arm in said
     cells = {(c["arm"], c["T"], c["form"]): c for c in runs[0]["cells"]}
-    assert {c[0] for c in cells} >= {"wersa, causal, m=128", bench.CAUSAL} and {c[1] for c in cells} >= {64, 256}
-    for (arm, T, form), c in cells.items():
+    for name in (arm, bench.CAUSAL):
+        for T in (64, 256):
+            assert (name, T, "eager") in cells
+    for (name, T, form), c in cells.items():
         assert c["seconds"] > 0
-        if arm != bench.CAUSAL and form == "eager":
+        if name == arm and form == "eager":
             low, middle, high = c["ratio"]
             assert low <= middle <= high
     _, both = bench.merged(runs)
     slow = copy.deepcopy(runs)
     for c in slow[0]["cells"]:
         c["ratio"] = [0.1, 0.2, 0.3]
-    assert bench.crossover(bench.merged(slow)[1], "wersa, causal, m=128", "eager").startswith("not up to")
+    assert bench.crossover(bench.merged(slow)[1], arm, "eager").startswith("not up to")
     assert len(both) == len(cells)
 
 
@@ -2804,15 +2807,19 @@ def test_fast_forward_is_the_state_at_that_position():
 
 
 def test_flags_of_the_bench_belong_to_a_command(tmp_path):
-    # catches: a flag that is taken and does nothing, an arm of one's own that is not trained, or not as it says
-    for flags, words in ((["report", "--suite=numbers"], "--suite is no flag of report"), (["variants", "--only=haar"], "--only is no flag of variants"),
-                         (["quality", "--lengths=64"], "--lengths is no flag of quality"), (["quality", "--arm=haar"], "label: --flag=value")):
-        assert words in run("bench.py", *flags, cwd=tmp_path, code=2 if "no flag" in words else 1)
-    for name in ("bench.py", "model.py", "prepare_data.py", "sample.py", "train.py"):  # a copy, whose results are its own
-        shutil.copy(os.path.join(HERE, name), tmp_path)
-    mine = "tiny: --mixer=haar --levels=2 --n_embd=8 --max_iters=2"
-    subprocess.run([sys.executable, "bench.py", "quality", "--suite=smoke", "--only=tiny", f"--arm={mine}"], cwd=tmp_path, check=True, capture_output=True,
-                   env=dict(os.environ, OMP_NUM_THREADS="1"))
+    # catches: a flag that is taken and does nothing, an arm of one's own that is not trained as it says
+    wrong = [
+        ("report", "--suite=numbers", "--suite is no flag of report"),
+        ("variants", "--only=haar", "--only is no flag of variants"),
+        ("quality", "--lengths=64", "--lengths is no flag of quality")]
+    for command, flag, words in wrong:
+        assert words in run("bench.py", command, flag, cwd=tmp_path, code=2)
+    assert "label: --flag=value" in run("bench.py", "quality", "--arm=haar", cwd=tmp_path, code=1)
+    copied(tmp_path)  # whose results are its own
+    mine = "--arm=tiny: --mixer=haar --levels=2 --n_embd=8 --max_iters=2"
+    command = [sys.executable, "bench.py", "quality", "--suite=smoke", "--only=tiny", mine]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=env)
     import bench
     row, = bench.read_rows(tmp_path / "results" / "smoke.csv")
     assert row["arm"] == "tiny" and "--levels=2" in row["flags"] and row["steps"] == "2"
@@ -2833,27 +2840,30 @@ def test_peers_of_the_transforms(tmp_path, capsys):
 
 
 def test_what_a_gpu_is_wanted_for(tmp_path, monkeypatch, capsys):
-    # catches: a piece with a flag that its command has not, one that is done again or counted as done when it failed
+    # catches: a flag that its command has not, a piece that is done again, a failed one that counts as done
     import bench
     for command in bench.GPU.values():
         script, what, *flags = command.split()
         if script == "bench.py":
-            assert all(flag[2:].partition("=")[0] in bench.FLAGS[what].split() for flag in [*flags, "--json="]), command
+            for flag in [*flags, "--json="]:
+                assert flag[2:].partition("=")[0] in bench.FLAGS[what].split(), command
+    pieces = dict(one="bench.py steps --lengths=32", bad="bench.py steps --prompt=3")
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench, "GPU", dict(one="bench.py steps --lengths=32", bad="bench.py steps --prompt=3"))
+    monkeypatch.setattr(bench, "GPU", pieces)
     args = argparse.Namespace(only=None, nanogpt=None)
     bench.gpu(args)
     assert [path.name for path in tmp_path.iterdir()] == ["gpu-one.json"]
     table = bench.run_table(tmp_path / "gpu-one.json")
     assert "block_size 32" in table and "| mixer=wersa |" in table
     bench.gpu(args)
-    assert capsys.readouterr().out.count("gpu-bad.json") == 2 and len(json.load(open(tmp_path / "gpu-one.json"))) == 1
+    assert capsys.readouterr().out.count("gpu-bad.json") == 2
+    assert len(json.load(open(tmp_path / "gpu-one.json"))) == 1
 
 
 def test_variants_take_up_every_mixer(tmp_path):
     # catches: a mixer of the reader's own that bench does not see, a leak that it does not count
-    source = "import torch, torch.nn as nn, model\n" + inspect.getsource(Mean) + "\nmodel.MIXERS['mean'] = Mean\n"
-    (tmp_path / "mine.py").write_text(source)
+    lines = "import torch, torch.nn as nn, model", inspect.getsource(Mean), "model.MIXERS['mean'] = Mean"
+    (tmp_path / "mine.py").write_text("\n".join(lines))
     said = run("bench.py", "variants", "--mixers_from=mine.py", cwd=tmp_path)
     rows = [line for line in said.splitlines() if line.startswith("| mixer=")]
     for row in rows:  # leak, chunks, pads, half precision
@@ -2887,7 +2897,8 @@ def copied(folder):
 def test_the_tables_come_from_the_csv(tmp_path):
     # catches: a table that no longer says what was measured
     copied(tmp_path)
-    shutil.copytree(os.path.join(HERE, "results"), tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
+    no_figures = shutil.ignore_patterns("*.png")
+    shutil.copytree(os.path.join(HERE, "results"), tmp_path / "results", ignore=no_figures)
     p = subprocess.run([sys.executable, "bench.py", "report"], cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode == 0 and "Traceback" not in p.stderr, p.stderr
     for name in ("README.md", os.path.join("results", "README.md")):
@@ -2908,23 +2919,28 @@ s['arms'] = {'recall: haar': s['arms']['recall: haar']}
 s['prepare']['recall']['rows'] = 400
 s.update(seeds=(1, 2), rates=(2e-3, 0.0))
 s['base'] += ['--max_iters=4', '--eval_interval=2', '--eval_rows=2', '--metric_rows=1']
-bench.quality(argparse.Namespace(suite='smoke', data_dir='data', source=None, translate=None, jobs=1, only='haar', arm=None))
+bench.quality(argparse.Namespace(
+    suite='smoke', data_dir='data', source=None, translate=None, jobs=1, only='haar', arm=None))
 """
 
 
 def test_a_suite_appends_rows_and_skips_them(tmp_path):
-    # catches: a finished run trained again, an interrupted one begun again, a row that lacks its flags, a rate chosen on the test set, by seeds that not all rates saw or by a row without a loss
+    # catches: a finished run trained again, an interrupted one begun again, a row that lacks its flags, a
+    # rate chosen on the test set, by seeds that not all rates saw or by a row without a loss
     copied(tmp_path)
     (tmp_path / "miniature.py").write_text(MINIATURE)
 
     def begin():
         env = dict(os.environ, OMP_NUM_THREADS="1")
-        return subprocess.Popen([sys.executable, "miniature.py"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    first, runs = begin(), tmp_path / "data" / "runs" / "smoke"
+        return subprocess.Popen([sys.executable, "miniature.py"], cwd=tmp_path, env=env, text=True,
+                                stdout=subprocess.PIPE, start_new_session=True)
+    first = begin()
+    runs = tmp_path / "data" / "runs" / "smoke"
     while not list(runs.glob("*/ckpt.pt")) and first.poll() is None:
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGINT)
-    assert first.wait() and not (tmp_path / "results").exists() and len(list(runs.iterdir())) == 1  # and none begun after it
+    assert first.wait() and not (tmp_path / "results").exists()
+    assert len(list(runs.iterdir())) == 1  # none has begun after it
     said = [begin().communicate()[0] for _ in range(2)]
     assert re.findall(r"(\d of \d) runs", said[0]) == ["2 of 2", "1 of 1"], said
     assert re.findall(r"(\d of \d) runs", said[1]) == ["0 of 2", "0 of 1"], said
@@ -2933,11 +2949,16 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     assert [(r["seed"], r["learning_rate"]) for r in rows] == [("1", "0.002"), ("1", "0.0"), ("2", "0.002")]
     assert all("--mixer=haar" in r["flags"] and float(r["val_loss"]) > 0 and r["machine"] for r in rows)
     import bench
-    (tmp_path / "x.csv").write_text("arm,seed,learning_rate,val_loss,test_metric\na,1,1,2.0,0.9\na,1,2,1.0,0.5\na,2,2,9.0,0.4\n"
-                                    "b,1,1,,0.9\nb,2,1,3.0,0.8\nb,1,2,2.0,0.5\n"  # b's first row is from before losses on val were kept
-                                    "c,1,1,,0.9\nc,1,2,2.0,0.5\nd,1,1,nan,0.9\nd,1,2,2.0,0.5\n")
+    lines = """arm,seed,learning_rate,val_loss,test_metric
+        a,1,1,2.0,0.9; a,1,2,1.0,0.5; a,2,2,9.0,0.4
+        b,1,1,,0.9; b,2,1,3.0,0.8; b,1,2,2.0,0.5
+        c,1,1,,0.9; c,1,2,2.0,0.5
+        d,1,1,nan,0.9; d,1,2,2.0,0.5"""
+    (tmp_path / "x.csv").write_text(re.sub(r"[;\n] *", "\n", lines))
     best = bench.arms_of(tmp_path / "x.csv")
-    assert [[r["test_metric"] for r in best[arm]] for arm in "abcd"] == [["0.5", "0.4"], ["0.5"], ["0.5"], ["0.5"]]
+    assert [r["test_metric"] for r in best["a"]] == ["0.5", "0.4"]
+    for arm in "bcd":
+        assert [r["test_metric"] for r in best[arm]] == ["0.5"]
     table = (tmp_path / "results" / "smoke.csv").read_text()
     (tmp_path / "results" / "smoke.csv").write_text(table.replace(f",{rows[0]['data_tokens']},", ",7,"))
     other = subprocess.run([sys.executable, "miniature.py"], cwd=tmp_path, capture_output=True, text=True)
@@ -2945,7 +2966,7 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
 
 
 def test_arms_are_matched():
-    # catches: an arm that is larger than what it is compared with, a flag of a suite that train.py does not take
+    # catches: an arm that is larger than what it is compared with, a flag that train.py does not take
     import bench
     for path in glob.glob(os.path.join(HERE, "results", "*.csv")):
         rows = list(csv.DictReader(open(path)))
@@ -2987,15 +3008,17 @@ def test_curves_of_several_runs(tmp_path, monkeypatch):
 def test_readme_commands_parse_and_the_snippet_runs():
     # catches: a renamed flag, a snippet that has gone stale
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    commands = re.findall(r"^(?:\$ )?(?:.*&& )?(?:python|torchrun .*?) ?((?:train|sample|prepare_data|bench)\.py.*?)(?: +#.*)?$", readme, re.M)
+    commands = re.findall(r"(?:python|torchrun .*?) ((?:train|sample|prepare_data|bench)\.py[^#`\n]*)", readme)
     assert len(commands) >= 6
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        scripts = sorted({c.split()[0] for c in commands})
-        flags = {s: set(re.findall(r"--\w+", text)) for s, text in zip(scripts, pool.map(lambda s: run(s, "--help", cwd=HERE), scripts))}
-    assert not [line for s in scripts for line in run(s, "--help", cwd=HERE).splitlines() if len(line) > 80]
-    for c in commands:
-        script, *words = shlex.split(c)
-        assert {w.split("=")[0] for w in words if w.startswith("--")} <= flags[script], c
+    flags = {}
+    for script in ("train.py", "sample.py", "prepare_data.py", "bench.py"):
+        text = run(script, "--help", cwd=HERE)
+        flags[script] = set(re.findall(r"--\w+", text))
+        assert max(map(len, text.splitlines())) <= 80
+    for command in commands:
+        script, *words = shlex.split(command)
+        for word in words:
+            assert not word.startswith("--") or word.split("=")[0] in flags[script], command
     assert len(readme.splitlines()) <= 220 and len(readme.encode()) <= 16_000
     mixers = dict(M.MIXERS)
     try:
@@ -3008,11 +3031,18 @@ def test_readme_commands_parse_and_the_snippet_runs():
         M.MIXERS.update(mixers)
 
 
-if __name__ == "__main__":                                     # python test_model.py 20 [flags text]: every fault (whose name holds a word) so many times, as a table
+def main(tries, *words):
+    """Every fault, or those whose name holds one of the words, so many times -> a table on standard output."""
     with tempfile.TemporaryDirectory() as d:
         prepare_data.prepare("numbers", os.path.join(d, "data"), rows=400)
         run("train.py", *TINY, "--mixer=haar", "--out_dir=whole", cwd=d)
         print("| fault | tries | lost |\n|---|---|---|", flush=True)
-        for name, f in [(name, f) for name, f in FAULTS.items() if not sys.argv[2:] or any(word in name for word in sys.argv[2:])]:
-            tried, lost = f(d, np.random.default_rng(0), math.ceil(int(sys.argv[1]) * OFTEN.get(name, 1)))
-            print(f"| {name} | {tried:,} | {lost} |", flush=True)
+        for name, fault in FAULTS.items():
+            if not words or any(word in name for word in words):
+                times = math.ceil(int(tries) * OFTEN.get(name, 1))
+                tried, lost = fault(d, np.random.default_rng(0), times)
+                print(f"| {name} | {tried:,} | {lost} |", flush=True)
+
+
+if __name__ == "__main__":  # python test_model.py 20 [flags text]
+    main(*sys.argv[1:])
