@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import glob
+import gzip
 import hashlib
 import inspect
 import io
@@ -2963,6 +2964,32 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     (tmp_path / "results" / "smoke.csv").write_text(table.replace(f",{rows[0]['data_tokens']},", ",7,"))
     other = subprocess.run([sys.executable, "miniature.py"], cwd=tmp_path, capture_output=True, text=True)
     assert other.returncode and "has rows of another recall, of 7 training tokens" in other.stderr
+
+
+def test_translations_of_a_suite_are_kept(work, tmp_path, monkeypatch):
+    # catches: translations of a rate that val did not choose, of other weights or of another file
+    import bench
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    out = tmp_path / "run"
+    shutil.copytree(os.path.join(work, "whole"), out)
+    (out / "test.hyp.txt").write_text("eins\n")
+    (tmp_path / "new.en").write_text("twenty-one\nfive\n")
+    (tmp_path / "other.txt").write_text("one\n")
+    args = argparse.Namespace(suite="mini", translate=str(tmp_path))
+    row = dict(arm="a, b", seed=1, val_loss=2.0, flags="--beam=2")
+    bench.keep_translations(args, out, row)
+    model, tokenizer, _ = load_model(str(out / "best.pt"))
+    new = (tmp_path / "unseen" / "mini-a-b-1.new.de").read_text()
+    assert new.split("\n")[:-1] == translate(model, tokenizer, ["twenty-one", "five"], 2)[0]
+    assert len(list((tmp_path / "unseen").iterdir())) == 1
+    kept = tmp_path / "hyp" / "mini-a-b-1.test.de.gz"
+    assert gzip.decompress(kept.read_bytes()) == b"eins\n"
+    (tmp_path / "mini.csv").write_text('arm,seed,val_loss\n"a, b",1,2.0\n')
+    (out / "test.hyp.txt").write_text("zwei\n")
+    bench.keep_translations(args, out, dict(row, val_loss=3.0))
+    assert gzip.decompress(kept.read_bytes()) == b"eins\n"
+    bench.keep_translations(args, out, dict(row, val_loss=1.0))
+    assert gzip.decompress(kept.read_bytes()) == b"zwei\n"
 
 
 def test_arms_are_matched():
