@@ -1268,7 +1268,8 @@ def report(args):
     text = own.read_text(encoding="utf-8")
     for path in sorted(RESULTS.glob("*.json")):
         if "speed" not in path.stem or path.stem.startswith("gpu"):
-            blocks[path.stem] = run_table(path)
+            command = GPU.get(path.stem.removeprefix("gpu-"), f"bench.py {path.stem}")
+            blocks[path.stem] = f"`python {command}`; {run_table(path)}"
     for path in sorted(RESULTS.glob("*.csv")):
         blocks[path.stem] = f"{protocol(path.stem)}\n{table(path)}"
     for path in RESULTS.glob("faults.md"):  # python test_model.py 20 > results/faults.md
