@@ -1071,7 +1071,41 @@ def keep_translations(args, out, row):
                         f"--input={source}", f"--output={translated}", f"--beam={last(flags, 'beam', 1)}"],
                        check=True)
 
+def train_one(args, arm, seed, rate, flags, data_dir, git, threads):
+    """One run of train.py, gone on with where it was stopped -> its row."""
+    name = re.sub(r"\W+", "-", f"{arm} {seed} {rate} {git}")
+    out = Path(args.data_dir) / "runs" / args.suite / name
+    if git.endswith("-dirty") and out.exists():  # what was trained before an edit is not gone on with
+        print(f"{arm}, seed {seed}, rate {rate}: begun anew, the code is not committed", flush=True)
+        shutil.rmtree(out)
+    flags = [f"--seed={seed}", *flags, f"--learning_rate={rate}"]
+    typed = [flag.replace("=bench.py", f"={HERE / 'bench.py'}") for flag in flags]
+    typed += [f"--data_dir={data_dir}", f"--out_dir={out}", "--resume"]
+    run = subprocess.run([sys.executable, HERE / "train.py", *typed], capture_output=True, text=True,
+                         env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+    if run.returncode:
+        raise SystemExit(f"{arm}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
+    result = json.loads((out / "result.json").read_text())
+    row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate, flags=" ".join(flags),
+               git=git, machine=machine_name(), torch=torch.__version__, threads=threads)
+    row.update({f"data_{k}": v for k, v in result["data"].items()})
+    row["groups"] = result["test"].get("groups", {})
+    row.update({k: json.dumps(row[k]) for k in ("far", "trivial", "groups")})
+    keep_translations(args, out, row)
+    shutil.rmtree(out)
+    return row
+
+def add_row(path, row):
+    """Write a suite's CSV with one row more as a whole: a kill leaves the old file or the new one."""
+    rows = [*read_rows(path), row]
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as f:
+        w = csv.DictWriter(f, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+        w.writeheader()
+        w.writerows(rows)
+
 def quality(args):
+    """Train what a suite lacks: its first seed at all rates, the others at the rate that was best on val."""
     suite, path, git = SUITES[args.suite], RESULTS / f"{args.suite}.csv", git_state()
     if args.arm:
         label, found, flags = args.arm.partition(": ")
@@ -1090,37 +1124,17 @@ def quality(args):
         arm, seed, rate = job
         if failed:  # after Ctrl-C, or a run that failed, no other begins
             return
-        out = Path(args.data_dir) / "runs" / args.suite / re.sub(r"\W+", "-", f"{arm} {seed} {rate} {git}")
-        if git.endswith("-dirty") and out.exists():  # what was trained before an edit is not gone on with
-            print(f"{arm}, seed {seed}, rate {rate}: begun anew, the code is not committed", flush=True)
-            shutil.rmtree(out)
-        flags = [f"--seed={seed}", *arms[arm], f"--learning_rate={rate}"]
-        typed = [flag.replace("=bench.py", f"={HERE / 'bench.py'}") for flag in flags]
-        typed += [f"--data_dir={data_dir}", f"--out_dir={out}", "--resume"]
-        run = subprocess.run([sys.executable, HERE / "train.py", *typed], capture_output=True, text=True,
-                             env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
-        if run.returncode:
+        try:
+            row = train_one(args, arm, seed, rate, arms[arm], data_dir, git, threads)
+        except BaseException:
             failed.append(job)
-            raise SystemExit(f"{arm}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
-        result = json.loads((out / "result.json").read_text())
-        row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate, flags=" ".join(flags),
-                   git=git, machine=machine_name(), torch=torch.__version__, threads=threads)
-        row.update({f"data_{k}": v for k, v in result["data"].items()})
-        row["groups"] = result["test"].get("groups", {})
-        row.update({k: json.dumps(row[k]) for k in ("far", "trivial", "groups")})
-        keep_translations(args, out, row)
-        with writing:  # as a whole: a kill leaves the old file or the new one
-            rows = [*read_rows(path), row]
-            path.parent.mkdir(exist_ok=True)
-            with replacing(path) as f:
-                w = csv.DictWriter(f, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
-                w.writeheader()
-                w.writerows(rows)
-        shutil.rmtree(out)
-        print(f"{arm}, seed {seed}, rate {rate}: {result['metric']} {result['test_metric']:.4f}, "
-              f"{result['params']:,} parameters, {result['seconds']:.0f} s", flush=True)
+            raise
+        with writing:
+            add_row(path, row)
+        print(f"{arm}, seed {seed}, rate {rate}: {row['metric']} {row['test_metric']:.4f}, "
+              f"{row['params']:,} parameters, {row['seconds']:.0f} s", flush=True)
 
-    first, *more = map(str, suite["seeds"])  # the first tries all rates, the others the best on val
+    first, *more = map(str, suite["seeds"])
     for seeds in ([first], more):
         best, jobs = arms_of(path), []
         for seed in seeds:
