@@ -1369,7 +1369,7 @@ def test_decoder_from_text(work):
     ask = "sample.py", "--out_dir=text", "--start=0 little", "--max_new_tokens=5"
     assert "little" in run(*ask, cwd=work)
     assert run(*ask, "--top_p=0.001", cwd=work) == run(*ask, "--temperature=0", cwd=work)
-    assert "--top_p draws" in run(*ask, "--temperature=0", "--top_p=0.9", cwd=work, code=2)
+    assert "--top_p changes nothing here" in run(*ask, "--temperature=0", "--top_p=0.9", cwd=work, code=2)
     run("train.py", *flags, "--pos=learned", "--out_dir=places", "--max_iters=1", cwd=work)     # whose table has room for 32 tokens read
     model, tokenizer, _ = load_model(os.path.join(work, "places", "best.pt"))
     ids = tokenizer.encode("0 little")
@@ -1412,8 +1412,8 @@ def test_score_is_what_training_found(work, tmp_path):
     assert abs(said["loss"] - test["loss"]) < 1e-4 and abs(said["perplexity"] - math.exp(test["loss"])) < 1e-3
     assert abs(said["token accuracy"] - test["accuracy"]) < 1e-4 and said["exact match"] == test["metric"]
     said = run(*ask, "--temperature=1", cwd=work, code=2)
-    assert "--temperature draws" in said and said.count("\n") == 1
-    assert "takes --score=FILE,FILE" in run(*ask[:3], "--score=a.txt", cwd=work, code=1)
+    assert "--temperature changes nothing here" in said and said.count("\n") == 1
+    assert "does not suit this checkpoint: --score=FILE,FILE" in run(*ask[:3], "--score=a.txt", cwd=work, code=1)
     with open(files[1], "a") as f:
         f.write("eins\n")
     assert "1000 lines and" in run(*ask, cwd=work, code=1)
@@ -1532,7 +1532,7 @@ def test_flags_that_the_model_cannot_follow(work):
     # catches: a table of positions read behind its end, two flags of which one is silently idle
     run("train.py", *TINY, "--mixer=haar", "--pos=learned", "--max_iters=1", "--out_dir=learned", cwd=work)
     for flags, words in (("--max_new_tokens=300", "--pos=learned has room"), ("--max_new_tokens=300 --beam=2", "--pos=learned has room"),
-                         ("--beam=3 --temperature=1.5", "--temperature"), ("--num_samples=3", "--num_samples"), ("--show=wavelets", "--show=wavelets")):
+                         ("--beam=3 --temperature=1.5", "--temperature"), ("--num_samples=3", "--num_samples"), ("--show=wavelets", "--start changes nothing here")):
         said = run("sample.py", "--out_dir=learned", "--start=one", *flags.split(), cwd=work, code=1 if "learned" in words else 2)
         assert words in said and said.count("\n") == 1
     run("sample.py", "--out_dir=learned", "--start=one", "--beam=2", cwd=work)
@@ -1569,7 +1569,7 @@ def test_resume_checks_first_what_its_end_needs(work):
     assert "best.pt is damaged" in run("train.py", *go_on, cwd=work, code=1)
     os.remove(f"{out}/best.pt")
     said = run("train.py", *go_on, cwd=work, code=1)
-    assert "needs/best.pt does not exist" in said and said.strip().splitlines()[-1].count("copy needs/ckpt.pt") == 1
+    assert "needs/best.pt does not exist" in said
     assert open(f"{out}/log.csv").read() == log
     shutil.copy(f"{out}/ckpt.pt", f"{out}/best.pt")
     full = "import collections, shutil; shutil.disk_usage = lambda path: collections.namedtuple('Disk', 'total free')(1, 1); " + LIMITED
