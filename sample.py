@@ -467,7 +467,7 @@ def main():
         ("beam", arch != "encdec", "it is for translations"),
         ("max_new_tokens", arch == "encoder" or scored and arch == "decoder", "nothing is written"),
         ("length_penalty", args.beam == 1, "it weighs the beams of --beam=4"),
-        (draws, arch == "encoder" or best, "nothing is drawn, but the likeliest taken"),
+        (draws, arch == "encoder" or best, "an encoder, --beam and --score take the likeliest"),
         ("top_k top_p num_samples", args.temperature == 0, "--temperature=0 draws nothing"),
     ], p.error)
     if args.show == "wavelets":

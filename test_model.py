@@ -1546,7 +1546,7 @@ WRONG = """
     1  none.py                       train.py --mixers_from=none.py
     2  --start                       sample.py
     2  --beam                        sample.py --start=a --beam=0
-    2  --temperature                 sample.py --start=a --out_dir=whole --beam=3 --temperature=1.5
+    2  --beam                        sample.py --start=a --out_dir=whole --beam=3 --temperature=1.5
     1  none/best.pt does not exist   sample.py --start=a --out_dir=none
     1  damaged                       sample.py --start=a --out_dir=whole --ckpt=log.csv
     1  none cannot be read           sample.py --input=none --out_dir=whole
