@@ -27,7 +27,7 @@ import torch
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from model import MIXERS, CrossAttention, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
+from model import CrossAttention, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
 from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, collate, first_gap, need, plain
 from prepare_data import read_text, replacing, writable
 
@@ -65,10 +65,6 @@ def one_line(e):
 
 def build(path, ckpt, cfg=None):
     """The model of a checkpoint, its weights loaded; shapes are compared before anything large is made."""
-    for name in str(ckpt["model_args"].get("mixer")).split(","):
-        if name not in MIXERS:
-            raise SystemExit(f"{path} has --mixer={one_line(name)}, which model.py does not know: "
-                             "name the file that registers it with --mixers_from")
     try:
         cfg = cfg or ModelConfig(**ckpt["model_args"])
         with torch.device("meta"):
@@ -79,7 +75,8 @@ def build(path, ckpt, cfg=None):
         model = WaveletTransformer(cfg)
         model.load_state_dict(ckpt["model"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise SystemExit(f"{path} does not fit this version of model.py ({one_line(e)}): train again")
+        raise SystemExit(f"{path} does not fit this model.py ({one_line(e)}): name the file of its mixers with "
+                         "--mixers_from, or train again")
     return model
 
 def load_model(path, device="cpu"):

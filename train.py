@@ -157,6 +157,7 @@ ckpt, kept, begun = None, {}, "auto"  # this run's, to go on with
 source, inherited = None, {}  # another run's, to start from
 if args.resume and os.path.exists(ckpt_path):
     if given.pop("init_from", None):  # the same command starts a job and starts it again
+        args.init_from = None
         say(f"--init_from is left out, as this run goes on from {ckpt_path}")
     kinds = KINDS | dict(optimizer=dict, scaler=dict, config=dict, log_bytes=int)
     ckpt = load_checkpoint(ckpt_path, kinds=kinds | {name: type(value) for name, value in COUNTERS.items()})
@@ -190,7 +191,7 @@ if device_type == "cuda":
 # what was typed comes first, then what the checkpoint, the preset and the data set say
 preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
 said = {**PRESETS[preset], **inherited, **kept, **given, "preset": preset}
-settings = {**vars(args), "init_from": None, **said}
+settings = {**vars(args), **said}
 if world > 1:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=settings["dist_timeout"]))
@@ -208,8 +209,9 @@ fixed = {k: meta[k] for k in ("vocab_size", "n_classes") if k in meta}
 fixed["pad_id"] = PAD
 advice = {k: meta[k] for k in ("arch", "block_size", "pool") if k in meta}
 advice["cross_ratio"] = meta.get("ratio", 1.0)
-for k in advice.keys() & inherited.keys() - {"block_size"}:  # new data have their own
-    said[k] = advice[k]
+for k in ("arch", "pool", "cross_ratio"):
+    if k in inherited and k in advice:  # new data have their own
+        said[k] = advice[k]
 settings = {**settings, **advice, **said, **fixed}
 cfg = SimpleNamespace(**settings)
 try:
