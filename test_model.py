@@ -1542,7 +1542,7 @@ WRONG = """
     1  --undecimated=decoder         train.py --mixer=haar --undecimated=no
     1  --arch                        train.py --arch=decoder
     1  numbers                       train.py --dataset=nombres
-    1  --dataset                     train.py --dataset=../data
+    1  --dataset                     train.py --dataset=../data --out_dir=b
     1  none.py                       train.py --mixers_from=none.py
     2  --start                       sample.py
     2  --beam                        sample.py --start=a --beam=0
