@@ -308,8 +308,9 @@ def likelihood(model, rows, batch_size):
         asked = targets != PAD
         n = asked.sum().item()
         total += loss.item() * n, (logits.argmax(-1).cpu() == targets)[asked].sum().item(), n
-    loss, accuracy = total[:2] / total[2]
-    return f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}, token accuracy {accuracy:.4f}", loss
+    n = int(total[2])
+    loss, accuracy = total[:2] / n
+    return f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}, token accuracy {accuracy:.4f} (n={n})", loss
 
 def score(model, tokenizer, meta, names, batch_size, n, **beams):
     """What a decoder's text, or answers to the first file's lines held against the second's, score: lines to
@@ -326,7 +327,7 @@ def score(model, tokenizer, meta, names, batch_size, n, **beams):
         windows = [ids[t:t + T + 1] for t in range(0, len(ids) - 1, T)]
         line, loss = likelihood(model, [(row[:-1], row[1:]) for row in windows], batch_size)
         bits = loss / math.log(2) * len(ids) / len(text.encode())
-        return [f"{line}, bits per byte {bits:.4f} (n={len(ids) - 1})"], 1, 0
+        return [f"{line}, bits per byte {bits:.4f}"], 1, 0
     texts, wanted = ([plain(line) for line in read_lines(name)] for name in files)
     if not len(texts) == len(wanted) > 0:
         raise SystemExit(f"{files[0]} has {len(texts)} lines and {files[1]} has {len(wanted)}: they seem to "
