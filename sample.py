@@ -315,7 +315,8 @@ def likelihood(model, rows, batch_size):
 def score(model, tokenizer, meta, names, batch_size, n, **beams):
     """What a decoder's text, or answers to the first file's lines held against the second's, score: lines to
     print, how many texts there were, and how many of them were cut."""
-    T, arch, files = model.config.block_size, model.config.arch, names.split(",")
+    T, arch = model.config.block_size, model.config.arch
+    files = names.split(",")
     takes = "FILE" if arch == "decoder" else "FILE,FILE of lines that belong together"
     if len(files) != len(takes.split(",")) or "image" in meta or meta.get("labels") == "token":
         raise SystemExit(f"--score={names} does not suit this checkpoint: --score={takes} is for texts")
@@ -450,11 +451,12 @@ def main():
         register(args.mixers_from)
     torch.manual_seed(args.seed)
     model, tokenizer, meta = load_model(os.path.join(args.out_dir, args.ckpt), args.device)
-    arch, lines, scored = model.config.arch, args.input is not None, args.score is not None
+    arch = model.config.arch
+    lines = args.input is not None
+    scored = args.score is not None
     if args.temperature is None:
         args.temperature = 0.8 if arch == "decoder" else 0.0
-    draws = "temperature top_k top_p"
-    best = args.beam > 1 or scored
+    likeliest = arch == "encoder" or args.beam > 1 or scored
     refuse_idle(p.given, [
         ("start input score", args.show == "wavelets", "--show=wavelets looks at the weights"),
         ("start input", scored, "--score says what to read"),
@@ -465,7 +467,7 @@ def main():
         ("beam", arch != "encdec", "it is for translations"),
         ("max_new_tokens", arch == "encoder" or scored and arch == "decoder", "nothing is written"),
         ("length_penalty", args.beam == 1, "it weighs the beams of --beam=4"),
-        (draws, arch == "encoder" or best, "an encoder, --beam and --score take the likeliest"),
+        ("temperature top_k top_p", likeliest, "an encoder, --beam and --score take the likeliest"),
         ("top_k top_p num_samples", args.temperature == 0, "--temperature=0 draws nothing"),
     ], p.error)
     if args.show == "wavelets":
@@ -473,9 +475,11 @@ def main():
     if args.show and (arch != "encdec" or not args.start):
         p.error('--show=source draws a translation: an encoder-decoder and --start="a sentence"')
 
-    most, cut, room = model.config.block_size, 0, None
+    most = model.config.block_size
+    room = None
+    cut = 0
     if arch == "encdec":
-        most = most - 1  # and eos
+        most -= 1  # and eos
         room = how_many(model, args.max_new_tokens, 1)
     drawn = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     beams = dict(beam=args.beam, length_penalty=args.length_penalty)

@@ -153,7 +153,8 @@ def as_if_typed(config):
     p.parse_args([f"--{k}={v}" for k, v in config.items()])
     return p.given
 
-ckpt, kept, begun = None, {}, "auto"  # this run's, to go on with
+ckpt, kept = None, {}  # this run's checkpoint and settings, to go on with
+begun = "auto"  # its device
 source, inherited = None, {}  # another run's, to start from
 if args.resume and os.path.exists(ckpt_path):
     if given.pop("init_from", None):  # the same command starts a job and starts it again
@@ -408,7 +409,8 @@ def evaluate(data, limit):
     of auc and f1."""
     model.eval()
     n_groups = 1 if data.groups is None else int(data.groups.max()) + 1
-    total, right, asked = 0.0, np.zeros(n_groups), np.zeros(n_groups)
+    total = 0.0
+    right, asked = np.zeros(n_groups), np.zeros(n_groups)
     probs, answers = [], []
     mine = data.first(limit)[rank::world]
     for start in range(0, len(mine), cfg.batch_size):
