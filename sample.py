@@ -75,8 +75,8 @@ def build(path, ckpt, cfg=None):
         model = WaveletTransformer(cfg)
         model.load_state_dict(ckpt["model"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise SystemExit(f"{path} does not fit this model.py ({one_line(e)}): name the file of its mixers with "
-                         "--mixers_from, or train again")
+        raise SystemExit(f"{path} does not fit this model.py ({one_line(e)}): name the file of its mixers "
+                         "with --mixers_from, or train again")
     return model
 
 def load_model(path, device="cpu"):
