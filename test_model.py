@@ -2123,7 +2123,7 @@ def fault_any_text(work, rng, tries):
     return tries * 200, lost
 
 
-def growth(p, at=lambda: True):
+def growth(p, at):
     """Watch a process while at() holds -> how much its memory, in bytes, and its open files grew over the
     second half of that time."""
     seen = []
@@ -2132,8 +2132,8 @@ def growth(p, at=lambda: True):
         while not ended.done():
             with contextlib.suppress(OSError, TypeError):  # it ends while we look
                 kilobytes = re.search(r"VmRSS:\s+(\d+)", read(f"/proc/{p.pid}/status"))[1]
-                if at():
-                    seen.append((int(kilobytes) * 1024, len(os.listdir(f"/proc/{p.pid}/fd"))))
+                now = int(kilobytes) * 1024, len(os.listdir(f"/proc/{p.pid}/fd"))
+                seen += [now] if at() else []
             time.sleep(0.05)
     assert p.returncode == 0 and len(seen) > 8, (p.returncode, len(seen))
     half, end = seen[len(seen) // 2], seen[-1]
@@ -2151,7 +2151,8 @@ def fault_long_runs(work, rng, tries):
     write = """--out_dir=whole --input=long.txt --output=long.out --max_new_tokens=40 --batch_size=8
         --device=cpu""".split()
     training = lambda: 20 < len(logged(work, "long")) < n  # and no evaluation
-    for name, flags, at in (("train.py", train, training), ("sample.py", write, lambda: True)):
+    translating = lambda: not glob.glob(f"{work}/long.out*")  # and its file is not open yet
+    for name, flags, at in (("train.py", train, training), ("sample.py", write, translating)):
         memory, files = growth(start(name, *flags, cwd=work), at)
         print(f"{name}: {memory / n * 2:.0f} bytes a step or line, {files} files", file=sys.stderr)
         lost += memory > 2e6 + 500 * n or files > 0
