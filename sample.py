@@ -273,8 +273,10 @@ def show_wavelets(model, path):
             bands = m.band.flip(0) if isinstance(m, Wavspa) else m.scale.T.flip(0)
         weight = bands.square().mean(1).sqrt().tolist()  # d_1, ..., d_L, a_L
         moved = []
-        print(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}\n"
-              "  level   moved  weight  mean low-pass | high-pass")
+        x = torch.randn(1, 64, m.wavelet.C, device=bands.device)
+        error = (m.wavelet.idwt(m.wavelet.dwt(x)) - x).abs().max()
+        print(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}, "
+              f"reconstruction error {error:.1e}\n  level   moved  weight  mean low-pass | high-pass")
         for l in range(m.L):
             taps = torch.stack(m.wavelet.filters(l)).cpu()  # (2, F, C)
             moved.append((taps - start).square().mean().sqrt().item())
@@ -393,7 +395,9 @@ def show_source(model, tokenizer, text, path, max_new_tokens, **beams):
     from matplotlib.figure import Figure
     size = len(shares) * (2.0 + 0.25 * max(8, len(ids))), 2.0 + 0.25 * len(new)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(f"What each output token read\nmixer {model.config.mixer}, cross {model.config.cross}")
+    crosses = {model.config.of_layer(i).cross_kind for i in range(model.config.n_layer)}
+    model_name = f"mixer {model.config.mixer}, cross {', '.join(sorted(crosses))}"
+    figure.suptitle(f"What each output token read\n{model_name}")
     for ax, (what, share) in zip(figure.subplots(1, len(shares), squeeze=False)[0], shares.items()):
         image = ax.imshow(share.cpu(), cmap="Blues", vmin=0, aspect="auto")
         ax.set_xticks(range(len(ids)), read, rotation=90, parse_math=False)
