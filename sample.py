@@ -24,9 +24,10 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from model import MIXERS, CrossAttention, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
+from model import CrossAttention, Haar, ModelConfig, Wavelet, WaveletTransformer, Wavspa, Wersa
 from prepare_data import BOS, EOS, N_SPECIAL, PAD, Parser, Tokenizer, collate, first_gap, need, plain
 from prepare_data import read_text, replacing, writable
 
@@ -44,11 +45,9 @@ def load_checkpoint(path, device="cpu", kinds=KINDS):
     except Exception:  # a broken pickle can fail in any way it likes
         raise SystemExit(f"{path} is damaged or not a checkpoint of train.py: restore a copy, or train again")
     number = ckpt.get("format") if isinstance(ckpt, dict) else None
-    if type(number) is int and number == 1:
-        raise SystemExit(f"{path} was written by the first edition (commit 9d7600d): check that commit out "
-                         "to use it, or train again")
     if number != FORMAT or not all(isinstance(ckpt.get(name), kind) for name, kind in kinds.items()):
-        raise SystemExit(f"{path} is not a checkpoint of this train.py (format {FORMAT}): train again")
+        raise SystemExit(f"{path} is not a checkpoint of this train.py, format {FORMAT} (format 1 is that of "
+                         "the first edition, commit 9d7600d): train again")
     return ckpt
 
 def register(path):
@@ -66,10 +65,6 @@ def one_line(e):
 
 def build(path, ckpt, cfg=None):
     """The model of a checkpoint, its weights loaded; shapes are compared before anything large is made."""
-    for name in str(ckpt["model_args"].get("mixer")).split(","):
-        if name not in MIXERS:
-            raise SystemExit(f"{path} has --mixer={one_line(name)}, which model.py does not know: "
-                             "name the file that registers it with --mixers_from")
     try:
         cfg = cfg or ModelConfig(**ckpt["model_args"])
         with torch.device("meta"):
@@ -80,7 +75,8 @@ def build(path, ckpt, cfg=None):
         model = WaveletTransformer(cfg)
         model.load_state_dict(ckpt["model"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise SystemExit(f"{path} does not fit this version of model.py ({one_line(e)}): train again")
+        raise SystemExit(f"{path} does not fit this model.py ({one_line(e)}): name the file of its mixers "
+                         "with --mixers_from, or train again")
     return model
 
 def load_model(path, device="cpu"):
@@ -138,13 +134,7 @@ def continued(model, ids, max_new_tokens, src=None, **how):
 
 def reorder(state, rows):
     """Pick rows (n,) of every tensor in a state: what a beam search does to its hypotheses."""
-    if torch.is_tensor(state):
-        return state.index_select(0, rows)
-    if isinstance(state, dict):
-        return {name: reorder(part, rows) for name, part in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)([reorder(part, rows) for part in state])
-    return state
+    return tree_map(lambda u: u.index_select(0, rows) if torch.is_tensor(u) else u, state)
 
 @torch.no_grad()
 def beam_search(model, src, bos_id, eos_id, max_new_tokens, beam=4, length_penalty=0.6):
@@ -267,67 +257,71 @@ def read_image(name, shape):
 def show_wavelets(model, path):
     """What the wavelet layers have learned, printed and drawn, by level: how far the taps moved, and the
     band's weight (haar), embedding (wavspa) or gain (wersa), all RMS."""
-    found = {}
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    moves, weights = figure.subplots(1, 2)
+    moves.set(title="distance from the initial taps (RMS)", xlabel="level")
+    weights.set(title="weight of the band (RMS)", xlabel="level")
     start = torch.stack(Wavelet(model.config.wavelet).filters(0))  # (2, F, 1)
-    for name, m in model.named_modules():
-        if not isinstance(m, (Haar, Wavspa, Wersa)) or m.L == 0:
-            continue
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (Haar, Wavspa, Wersa)) and m.L}
+    if not layers:
+        raise SystemExit(f"--show=wavelets: this model of --mixer={model.config.mixer} has no wavelets")
+    for name, m in layers.items():
         if isinstance(m, Haar):
             bands = m.weight.flatten(1)
         else:
             bands = m.band.flip(0) if isinstance(m, Wavspa) else m.scale.T.flip(0)
         weight = bands.square().mean(1).sqrt().tolist()  # d_1, ..., d_L, a_L
+        moved = []
         x = torch.randn(1, 64, m.wavelet.C, device=bands.device)
         error = (m.wavelet.idwt(m.wavelet.dwt(x)) - x).abs().max()
         print(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}, "
               f"reconstruction error {error:.1e}\n  level   moved  weight  mean low-pass | high-pass")
-        found[name] = []
         for l in range(m.L):
             taps = torch.stack(m.wavelet.filters(l)).cpu()  # (2, F, C)
-            moved = (taps - start).square().mean().sqrt().item()
+            moved.append((taps - start).square().mean().sqrt().item())
             low, high = (" ".join(f"{tap:.3f}" for tap in h) for h in taps.mean(-1))
-            print(f"  {l + 1:5d} {moved:7.3f} {weight[l]:7.3f}  {low} | {high}")
-            found[name].append((moved, weight[l]))
+            print(f"  {l + 1:5d} {moved[l]:7.3f} {weight[l]:7.3f}  {low} | {high}")
         print(f"    a_L         {weight[-1]:7.3f}")
-    if not found:
-        raise SystemExit(f"--show=wavelets: this model of --mixer={model.config.mixer} has no wavelets")
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    titles = "distance from the initial taps (RMS)", "weight of the band (RMS)"
-    for i, ax in enumerate(figure.subplots(1, 2)):
-        for name, rows in found.items():
-            ax.plot(range(1, len(rows) + 1), [row[i] for row in rows], marker="o", label=name)
-        ax.set(xlabel="level", title=titles[i], ylim=(0, None))
-    ax.legend(fontsize=7)
+        moves.plot(range(1, m.L + 1), moved, marker="o")
+        weights.plot(range(1, m.L + 1), weight[:-1], marker="o", label=name)
+    weights.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     print(f"drawn to {path}")
+
+def marks(meta, answers, wanted, lowercase=False):
+    """What answers score against what was wanted, by the data set's metric, and sacreBLEU's signature."""
+    if meta["metric"] == "exact":
+        return sum(a == b for a, b in zip(answers, wanted)) / len(wanted), ""
+    tokenize = meta.get("bleu_tokenizer", "13a")
+    bleu = need("sacrebleu").metrics.BLEU(tokenize=tokenize, lowercase=lowercase)
+    return bleu.corpus_score(answers, [wanted]).score, str(bleu.get_signature())
 
 @torch.no_grad()
 def likelihood(model, rows, batch_size):
     """Rows of ids (read, foretold) or (read, foretold, source) -> a line of what train.py's evaluation finds,
     and the mean loss."""
-    loss_sum = hits = n = 0
+    total = np.zeros(3)
     for start in tqdm(range(0, len(rows), batch_size), unit="batch"):
         sides = zip(*rows[start:start + batch_size])
-        idx, targets, *src = (collate(side, most=model.config.block_size) for side in sides)
-        tensors = [tensor.to(model.wte.weight.device) for tensor in (idx, targets, *src)]
-        logits, loss = model(*tensors)
+        tensors = [collate(side, most=model.config.block_size) for side in sides]
+        logits, loss = model(*(tensor.to(model.wte.weight.device) for tensor in tensors))
+        targets = tensors[1]
         asked = targets != PAD
-        loss_sum += loss.item() * asked.sum().item()
-        hits += (logits.argmax(-1).cpu() == targets)[asked].sum().item()
-        n += asked.sum().item()
-    loss = loss_sum / n
-    return f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}, token accuracy {hits / n:.4f} (n={n})", loss
+        n = asked.sum().item()
+        total += loss.item() * n, (logits.argmax(-1).cpu() == targets)[asked].sum().item(), n
+    n = int(total[2])
+    loss, accuracy = total[:2] / n
+    return f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}, token accuracy {accuracy:.4f} (n={n})", loss
 
 def score(model, tokenizer, meta, names, batch_size, n, **beams):
     """What a decoder's text, or answers to the first file's lines held against the second's, score: lines to
     print, how many texts there were, and how many of them were cut."""
-    T, arch, files = model.config.block_size, model.config.arch, names.split(",")
+    T, arch = model.config.block_size, model.config.arch
+    files = names.split(",")
     takes = "FILE" if arch == "decoder" else "FILE,FILE of lines that belong together"
-    if "image" in meta or meta.get("labels") == "token":
-        raise SystemExit("--score is for texts, and this checkpoint answers otherwise: see its result.json")
-    if len(files) != len(takes.split(",")):
-        raise SystemExit(f"--score={names} does not suit --arch={arch}, which takes --score={takes}")
+    if len(files) != len(takes.split(",")) or "image" in meta or meta.get("labels") == "token":
+        raise SystemExit(f"--score={names} does not suit this checkpoint: --score={takes} is for texts")
     if arch == "decoder":
         text = read_text(names)
         ids = tokenizer.encode(text)
@@ -338,11 +332,9 @@ def score(model, tokenizer, meta, names, batch_size, n, **beams):
         bits = loss / math.log(2) * len(ids) / len(text.encode())
         return [f"{line}, bits per byte {bits:.4f}"], 1, 0
     texts, wanted = ([plain(line) for line in read_lines(name)] for name in files)
-    if len(texts) != len(wanted):
+    if not len(texts) == len(wanted) > 0:
         raise SystemExit(f"{files[0]} has {len(texts)} lines and {files[1]} has {len(wanted)}: they seem to "
                          f"part near line {first_gap(texts, wanted) + 1}")
-    if not texts:
-        raise SystemExit(f"{files[0]} is empty")
     if arch == "encoder":
         answers, cut = classify(model, tokenizer, meta, texts, batch_size)
         hits = [answer.rsplit("\t", 1)[0] == label for answer, label in zip(answers, wanted)]
@@ -352,15 +344,11 @@ def score(model, tokenizer, meta, names, batch_size, n, **beams):
     rows = [([BOS] + tgt[:T - 1], tgt[:T - 1] + [EOS], src[:T - 1] + [EOS]) for src, tgt in zip(*sides)]
     line, _ = likelihood(model, rows, batch_size)
     answers, _ = translate(model, tokenizer, texts, batch_size=batch_size, max_new_tokens=n, progress=True,
-                           **beams)
-    if meta["metric"] == "exact":
-        hits = [answer == line for answer, line in zip(answers, wanted)]
-        result = f"exact match {np.mean(hits):.4f} (n={len(hits)})"
-    else:
-        bleu = need("sacrebleu").metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"))
-        found = bleu.corpus_score(answers, [wanted]).score
-        result = f"BLEU {found:.4f} (n={len(answers)}), {bleu.get_signature()}"
-    return [f"{line}, given the true tokens before each", result], len(texts), cut
+                             **beams)
+    value, signature = marks(meta, answers, wanted)
+    name = "exact match" if meta["metric"] == "exact" else "BLEU"
+    return [f"{line}, given the true tokens before each",
+            f"{name} {value:.4f} (n={len(answers)}) {signature}".strip()], len(texts), cut
 
 def read_lines(path):
     lines = read_text(path).replace("\r\n", "\n").split("\n")
@@ -407,13 +395,12 @@ def show_source(model, tokenizer, text, path, max_new_tokens, **beams):
     from matplotlib.figure import Figure
     size = len(shares) * (2.0 + 0.25 * max(8, len(ids))), 2.0 + 0.25 * len(new)
     figure = Figure(figsize=size, layout="constrained")
-    kinds = {model.config.of_layer(i).cross_kind for i in range(model.config.n_layer)}
-    model_name = f"mixer {model.config.mixer}, cross {', '.join(sorted(kinds))}"
+    crosses = {model.config.of_layer(i).cross_kind for i in range(model.config.n_layer)}
+    model_name = f"mixer {model.config.mixer}, cross {', '.join(sorted(crosses))}"
     figure.suptitle(f"What each output token read\n{model_name}")
-    turned = 90 * any(len(name) > 3 for name in read)
     for ax, (what, share) in zip(figure.subplots(1, len(shares), squeeze=False)[0], shares.items()):
         image = ax.imshow(share.cpu(), cmap="Blues", vmin=0, aspect="auto")
-        ax.set_xticks(range(len(ids)), read, rotation=turned, parse_math=False)
+        ax.set_xticks(range(len(ids)), read, rotation=90, parse_math=False)
         ax.set_yticks(range(len(new)), said, parse_math=False)
         ax.set(xlabel="source", ylabel="output")
         figure.colorbar(image, ax=ax, label=what)
@@ -431,26 +418,12 @@ def how_many(model, asked, n):
                          "in all, lower it or cut --start")
     return asked or room
 
-def refuse_idle(p, args, arch):
-    """A typed flag that would change nothing ends in one sentence."""
-    lines, encoder = args.input is not None, arch == "encoder"
-    for names, idle, why in (
-            ("input output", arch == "decoder", "is for lines, a decoder takes --start=FILE:name"),
-            ("batch_size", arch == "decoder" and not args.score, "is for lines or --score: leave it out"),
-            ("start", lines, "and --input both say what to read: leave one out"),
-            ("start input", args.score, "does not go with --score: leave one out"),
-            ("temperature top_k top_p", args.score, "draws, and --score looks for the best: leave one out"),
-            ("num_samples output batch_size", args.show, "does not go with --show: leave it out"),
-            ("num_samples", lines or args.score, "is for --start: leave it out"),
-            ("max_new_tokens", args.score and arch == "decoder", "writes, --score foretells: leave one out"),
-            ("beam", arch != "encdec", f"is for translations, not for --arch={arch}: leave it out"),
-            ("length_penalty", args.beam == 1, "weighs beams: add --beam=4, or leave it out"),
-            ("temperature top_k top_p", args.beam > 1, "draws, and --beam looks for the best: leave one out"),
-            ("temperature top_k top_p num_samples max_new_tokens", encoder, "writes, but an encoder reads"),
-            ("top_k top_p num_samples", args.temperature == 0, "draws, --temperature=0 does not: raise it")):
-        for name in names.split():
-            if idle and name in p.given:
-                p.error(f"--{name} {why}")
+def refuse_idle(given, rules, error):
+    """A typed flag that would change nothing ends in one sentence: (flags, are they idle?, why), ..."""
+    for flags, idle, why in rules:
+        for flag in flags.split():
+            if idle and flag in given:
+                error(f"--{flag} changes nothing here, {why}: leave it out")
 
 def main():
     p = Parser(description=__doc__)
@@ -474,28 +447,43 @@ def main():
     shows = "print and draw what the wavelet layers have learned, or what of --start each output token read"
     p.add("--show", help=shows, choices=["wavelets", "source"])
     args = p.parse_args()
-    if not args.start and args.input is None and not args.show and not args.score:
-        p.error('say what to read: --start="some text", --start=FILE:name, --input=FILE or --score=FILE')
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head is no error
+    if not (args.start or args.input is not None or args.show or args.score):
+        p.error('say what to read: --start="some text", --start=FILE:name, --input=FILE or --score=FILE')
     if args.mixers_from:
         register(args.mixers_from)
     torch.manual_seed(args.seed)
     model, tokenizer, meta = load_model(os.path.join(args.out_dir, args.ckpt), args.device)
-    arch, lines = model.config.arch, args.input is not None
+    arch = model.config.arch
+    lines = args.input is not None
+    scored = args.score is not None
+    if args.temperature is None:
+        args.temperature = 0.8 if arch == "decoder" else 0.0
+    likeliest = arch == "encoder" or args.beam > 1 or scored
+    refuse_idle(p.given, [
+        ("start input score", args.show == "wavelets", "--show=wavelets looks at the weights"),
+        ("start input", scored, "--score says what to read"),
+        ("start", lines, "--input says what to read"),
+        ("input output", arch == "decoder" or args.show, "it is for translated or classified lines"),
+        ("batch_size", args.show or not scored and arch == "decoder", "it is for lines and --score"),
+        ("num_samples", lines or scored or args.show or arch == "encoder", "it is for answers to --start"),
+        ("beam", arch != "encdec", "it is for translations"),
+        ("max_new_tokens", arch == "encoder" or scored and arch == "decoder", "nothing is written"),
+        ("length_penalty", args.beam == 1, "it weighs the beams of --beam=4"),
+        ("temperature top_k top_p", likeliest, "an encoder, --beam and --score take the likeliest"),
+        ("top_k top_p num_samples", args.temperature == 0, "--temperature=0 draws nothing"),
+    ], p.error)
     if args.show == "wavelets":
-        if args.start or lines or args.score:
-            p.error("--show=wavelets looks at the weights and reads no text: leave --start and --input out")
         return show_wavelets(model, os.path.join(args.out_dir, "wavelets.png"))
     if args.show and (arch != "encdec" or not args.start):
         p.error('--show=source draws a translation: an encoder-decoder and --start="a sentence"')
-    if args.temperature is None:
-        args.temperature = 0.8 if arch == "decoder" else 0.0
-    refuse_idle(p, args, arch)
 
-    most, cut, room = model.config.block_size, 0, None
+    most = model.config.block_size
+    room = None
+    cut = 0
     if arch == "encdec":
-        most = most - 1  # and eos
+        most -= 1  # and eos
         room = how_many(model, args.max_new_tokens, 1)
     drawn = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     beams = dict(beam=args.beam, length_penalty=args.length_penalty)
@@ -509,7 +497,7 @@ def main():
     if args.show:
         path = os.path.join(args.out_dir, "source.png")
         return show_source(model, tokenizer, texts[0], path, room, **beams, **drawn)
-    if args.score:
+    if scored:
         results, n, cut = score(model, tokenizer, meta, args.score, args.batch_size, room, **beams)
     elif arch == "encoder":
         results, cut = classify(model, tokenizer, meta, texts, args.batch_size)

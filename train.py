@@ -27,6 +27,7 @@ import time
 from argparse import ArgumentTypeError
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from model import CHOICES, ModelConfig, WaveletTransformer
 from prepare_data import PAD, Parser, Tokenizer, comma_separated, draw_curves, load_meta, lock, macro_f1, need
 from prepare_data import open_split, prepare, replacing, roc_auc, stopped
-from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, one_line, register, there
-from sample import translate
+from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, marks, one_line, read_lines
+from sample import refuse_idle, register, there, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
@@ -53,6 +54,7 @@ PRESETS = {  # flags on the command line come first, then the preset, then what 
                        wavspa_shared=False, gate=False, n_layer=4, n_head=4, n_embd=128, dropout=0.1,
                        batch_size=32, max_iters=10000),
 }
+
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12,
         "T4": 65e12}  # dense 16-bit FLOP/s
 
@@ -87,12 +89,10 @@ p.section("evaluation, log, machine")
 p.add("--eval_interval", int, "steps between evaluations, which end in a checkpoint", 1, 2**40, default=200)
 p.add("--eval_rows", int, "validation rows whose loss is taken", 1, 2**40, default=1000)
 p.add("--metric_rows", int, "validation rows that are decoded for exact match or BLEU", 1, 2**40, default=200)
-p.add("--eval_block_size", lambda s: s if s == "0" else ",".join(map(str, comma_separated(s))),
+p.add("--eval_block_size", lambda s: s if s == "0" or comma_separated(s) else None,
       "test at these lengths too, on the split long if there is one; default: its longest; 0 = do not")
-p.add("--patience", int, "end after so many evaluations without a lower validation loss; 0: do not", 0, 10**6,
-      default=0)
-p.add("--average", int, "test the mean weights of so many last evaluations; 0: those of the best", 0, 1000,
-      default=0)
+p.add("--patience", int, "end after so many evaluations without a lower loss; 0 = off", 0, 10**6, default=0)
+p.add("--average", int, "test the mean weights of so many last evaluations; 0 = the best", 0, 1000, default=0)
 p.add("--beam", int, "beams of the last test; 1 = greedy", 1, 1000, default=1)
 p.add("--log_interval", int, "", 1, 2**40, default=10)
 p.add("--seed", int, "", 0, 2**63 - 1, default=1337)
@@ -105,33 +105,16 @@ given = p.given  # the flags that were really typed
 if args.mixers_from:
     register(args.mixers_from)
 
-def refuse_idle(layers, typed):
-    """A typed flag that changes nothing in a model of these layers ends in one sentence."""
-    arch = layers[0].arch
-    mixers = {layer.mixer for layer in layers}
-    own = not mixers <= {"attention", "haar", "wavspa", "wersa", "fourier"}  # and may look at anything
-    used = mixers | {layer.inner for layer in layers if layer.mixer == "wavspa"}
-    crosses = {layer.cross_kind for layer in layers if arch == "encdec"}
-    wavelets = [layer for layer in layers if layer.mixer in ("haar", "wavspa", "wersa")]
-    bands = any(layer.n_levels > 0 for layer in wavelets)
-    for names, works, needs in (
-            ("window", own or "attention" in used, "attention, as a mixer or in wavspa"),
-            ("levels", own or wavelets or crosses & {"aligned", "place"},
-             "haar, wavspa, wersa or an aligned cross"),
-            ("wavelet wavelet_params undecimated", own or bands, "haar, wavspa or wersa, with --levels"),
-            ("inner wavspa_shared", own or "wavspa" in mixers, "--mixer=wavspa"),
-            ("n_features feature_map", own or "wersa" in used | crosses,
-             "wersa, as a mixer, in wavspa or as cross"),
-            ("cross cross_ratio", arch == "encdec", "--arch=encdec"),
-            ("pool n_classes", arch == "encoder", "--arch=encoder")):
-        for name in names.split():
-            if name in typed and not works:
-                stop(f"--{name} changes nothing in this model, it needs {needs}: leave it out", 2)
-
-# ---- what is said, and by whom
+# ---- settings
 world = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
 master = rank == 0
+out = os.path.normpath(args.out_dir)
+ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
+best_path = os.path.join(out, "best.pt")  # the lowest validation loss
+log_path = os.path.join(out, "log.csv")
+COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
+FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
 
 def say(*a, to="stdout"):
     if master:
@@ -144,21 +127,23 @@ def stop(sentence, code=1):
     say(sentence, to="stderr")
     sys.exit(code)
 
+@contextmanager
+def writing(path):
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save has its own
+        stop(f"{path} cannot be written ({one_line(e)}): make room or take another --out_dir; a checkpoint "
+             "that was there is intact, --resume goes on from it")
+
 def own():
     """Make --out_dir and hold it until this process ends: two runs in one folder would lose one of them."""
-    try:
+    with writing(out):
         os.makedirs(out, exist_ok=True)
         return lock(os.path.join(out, "lock"), "end that run first, or take another --out_dir")
-    except OSError as e:
-        stop(f"--out_dir={out} cannot be written: {e.strerror}")
 
 def unforeseen(kind, e, trace):
-    """What to say instead of a traceback where the cause lies outside."""
-    said = str(e) if issubclass(kind, (RuntimeError, OSError)) else ""
-    if world > 1 and re.search("(?i)gloo|nccl|peer|timed? ?out|socket|store", said):
-        print(f"process {rank} of {world} has lost the others ({one_line(e)}): see what the first of them "
-              "said, then --resume", file=sys.stderr)
-    elif issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", said):
+    """What to say instead of a traceback where memory is short."""
+    if kind is MemoryError or re.search("out of memory|can't allocate memory", str(e)):
         print(f"out of memory ({one_line(e)}): lower --batch_size and raise --gradient_accumulation_steps by "
               "the same factor, or take a smaller model", file=sys.stderr)
     else:
@@ -166,26 +151,15 @@ def unforeseen(kind, e, trace):
     if world > 1:
         os._exit(1)  # a broken process group must not wait at its end
 
-sys.excepthook = unforeseen
-
-# ---- the folder and its checkpoint
-out = os.path.normpath(args.out_dir)
-ckpt_path = os.path.join(out, "ckpt.pt")  # the last state
-best_path = os.path.join(out, "best.pt")  # the lowest validation loss
-log_path = os.path.join(out, "log.csv")
-COUNTERS = dict(iter_num=0, best_loss=math.inf, seconds=0.0, evaluated=False, skipped=0, in_a_row=0)
-ckpt, kept, begun = None, {}, "auto"  # this run's, to go on with
-source, inherited = None, {}  # another run's, to start from
-FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
-
 def as_if_typed(config):
     """Settings of a file, so that a stranger's can bring nothing that no flag takes."""
     p.parse_args([f"--{k}={v}" for k, v in config.items()])
     return p.given
 
-if args.resume and not os.path.exists(ckpt_path):
-    say(f"{ckpt_path} does not exist: starting anew")
-elif args.resume:
+ckpt, kept = None, {}  # this run's checkpoint and settings, to go on with
+begun = "auto"  # its device
+source, inherited = None, {}  # another run's, to start from
+if args.resume and os.path.exists(ckpt_path):
     if given.pop("init_from", None):  # the same command starts a job and starts it again
         args.init_from = None
         say(f"--init_from is left out, as this run goes on from {ckpt_path}")
@@ -198,13 +172,14 @@ elif args.resume:
     kept = as_if_typed(config)
     if "mixers_from" in kept:  # and no file is run that was not asked for
         stop(f"{ckpt_path} was trained with --mixers_from={kept['mixers_from']}: give that flag again", 2)
+else:
+    if args.resume:
+        say(f"{ckpt_path} does not exist: starting anew")
+    if args.init_from:
+        source = load_checkpoint(args.init_from)
+        had = source["model_args"]
+        inherited = as_if_typed({k: had[k] for k in FIELDS if k in had and k not in given})
 
-if args.init_from and not ckpt:
-    source = load_checkpoint(args.init_from)
-    had = source["model_args"]
-    inherited = as_if_typed({k: had[k] for k in FIELDS if k in had and k not in given})
-
-# ---- device
 device = args.device
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -217,7 +192,7 @@ if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
 
-# ---- settings: what was typed, what the checkpoint, the preset and the data set say
+# what was typed comes first, then what the checkpoint, the preset and the data set say
 preset = given.get("preset") or kept.get("preset") or ("gpu" if device_type == "cuda" else "laptop")
 said = {**PRESETS[preset], **inherited, **kept, **given, "preset": preset}
 settings = {**vars(args), **said}
@@ -225,10 +200,8 @@ if world > 1:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=settings["dist_timeout"]))
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # for work of any length
-    sys.excepthook = unforeseen  # torch's own holds back what is said, for good
+sys.excepthook = unforeseen  # after torch's own, which holds back for good what is said
 
-if not settings["dataset"].replace("-", "").replace("_", "").isalnum():
-    stop(f"--dataset={settings['dataset']} must be the plain name of a folder in --data_dir")
 folder = os.path.join(settings["data_dir"], settings["dataset"])
 if master and not os.path.exists(os.path.join(folder, "meta.json")):
     own()  # and let go again: a folder that cannot be written is told before the work
@@ -236,38 +209,53 @@ if master and not os.path.exists(os.path.join(folder, "meta.json")):
 if world > 1:
     dist.barrier(group=patient)
 meta = load_meta(folder)
-if meta["metric"] == "bleu":
-    sacrebleu = need("sacrebleu")
-advice = {k: meta[k] for k in ("arch", "block_size", "pool") if k in meta}
-advice["cross_ratio"] = meta.get("ratio", 1.0)
 fixed = {k: meta[k] for k in ("vocab_size", "n_classes") if k in meta}
 fixed["pad_id"] = PAD
-for k, v in fixed.items():
-    if given.get(k, v) != v:
-        stop(f"--{k}={given[k]} is {v} in {settings['dataset']}: leave it out", 2)
+advice = {k: meta[k] for k in ("arch", "block_size", "pool") if k in meta}
+advice["cross_ratio"] = meta.get("ratio", 1.0)
 for k in ("arch", "pool", "cross_ratio"):
     if k in inherited and k in advice:  # new data have their own
         said[k] = advice[k]
 settings = {**settings, **advice, **said, **fixed}
-cfg = type(args)(**settings)
+cfg = SimpleNamespace(**settings)
 try:
     model_cfg = ModelConfig(**{k: settings[k] for k in FIELDS})
 except ValueError as e:
     stop(e, 2)
+if cfg.arch != meta["arch"]:
+    stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is for {meta['arch']}: leave it out")
 if ckpt:
     if any(ckpt["meta"].get(k) != meta[k] for k in ("files", "tokenizer")):
         stop(f"{folder} is not the data set of this run: bring that back, or take another --out_dir")
-    differs = []
-    for k, new in dataclasses.asdict(model_cfg).items():
-        old = ckpt["model_args"].get(k)
-        if old != new and k not in ("dropout", "label_smoothing"):
-            differs.append(f"{k}: {old} in the checkpoint, {new} now")
+    old, new = ckpt["model_args"], dataclasses.asdict(model_cfg)
+    differs = [f"{k}: {old.get(k)} in the checkpoint, {new[k]} now" for k in new
+               if old.get(k) != new[k] and k not in ("dropout", "label_smoothing")]
     if differs:
         stop(f"--resume cannot change the model ({'; '.join(differs)}): take another --out_dir for that")
-if cfg.arch != meta["arch"]:
-    stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is for {meta['arch']}: leave it out")
+
+T_max = cfg.block_size
+far, asked = "test", "0"  # what is measured at --eval_block_size, by default
+if "long" in meta["splits"]:
+    far, asked = "long", str(np.max(meta["splits"]["long"]["longest"]) + 1)
+Ts_far = [int(T) for T in (cfg.eval_block_size or asked).split(",") if T != "0"]
+known = [T for T in Ts_far if T <= T_max or cfg.pos != "learned"]
 layers = [model_cfg.of_layer(i) for i in range(cfg.n_layer)]
-refuse_idle(layers, given)
+mixers = {c.mixer for c in layers}
+used = mixers | {c.inner for c in layers if c.mixer == "wavspa"}
+crosses = {c.cross_kind for c in layers if cfg.arch == "encdec"}
+wavy = mixers & {"haar", "wavspa", "wersa"}
+banded = any(c.mixer in wavy and c.n_levels > 0 for c in layers)
+idle = [("vocab_size n_classes pad_id", True, "the data set says it"),
+        ("cross cross_ratio", cfg.arch != "encdec", "it needs --arch=encdec"),
+        ("pool", cfg.arch != "encoder", "it needs --arch=encoder"),
+        ("eval_block_size", known != Ts_far, f"--pos=learned knows no position beyond {T_max}")]
+if mixers <= wavy | {"attention", "fourier"}:  # one of a reader's own may look at anything
+    idle += [("window", "attention" not in used, "it needs attention, as a mixer or in wavspa"),
+             ("levels", not (wavy or crosses & {"aligned", "place"}), "it needs wavelets"),
+             ("wavelet wavelet_params undecimated", not banded, "it needs wavelets, with --levels"),
+             ("inner wavspa_shared", "wavspa" not in mixers, "it needs --mixer=wavspa"),
+             ("n_features feature_map", "wersa" not in used | crosses, "it needs wersa")]
+refuse_idle(given, idle, lambda sentence: stop(sentence, 2))
 literal = any(c.mixer == "haar" and c.n_levels > 0 and not c.is_undecimated(causal=True) for c in layers)
 if literal and cfg.arch != "encoder" and not cfg.leak:
     stop("--undecimated=no leaks in a decoder: each position sees the rest of its block, its own label too; "
@@ -275,22 +263,17 @@ if literal and cfg.arch != "encoder" and not cfg.leak:
 step_rows = cfg.batch_size * cfg.gradient_accumulation_steps
 if step_rows % world:
     stop(f"{world} processes cannot share --batch_size * --gradient_accumulation_steps = {step_rows} rows", 2)
-micro_steps = -(-step_rows // (world * cfg.batch_size))
 owner = own() if master else None
 
 # ---- data
+if meta["metric"] == "bleu":
+    need("sacrebleu")
 tokenizer = Tokenizer(meta["tokenizer"])
 labels = meta.get("labels")  # row, token, or None
-T_max = cfg.block_size
 splits = {split: open_split(folder, meta, split, T_max) for split in ("train", "val", "test")}
+beyond = {T: open_split(folder, meta, far, T) for T in known}
 train = splits["train"]
-far = "long" if "long" in meta["splits"] else "test"  # what is measured at --eval_block_size
-if cfg.eval_block_size is not None:
-    Ts_far = [] if cfg.eval_block_size == "0" else comma_separated(cfg.eval_block_size)
-else:
-    Ts_far = [int(np.max(meta["splits"]["long"]["longest"])) + 1] if far == "long" else []
-# read before training, so that what is missing there is told now
-beyond = {T: open_split(folder, meta, far, T) for T in Ts_far if T <= T_max or cfg.pos != "learned"}
+micro_steps = -(-step_rows // (world * cfg.batch_size))
 
 def to_device(tensors):
     if device_type == "cuda":
@@ -320,61 +303,48 @@ def from_all_ranks(mine):
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, mine)
-    out = [None] * sum(map(len, parts))
+    whole = [None] * sum(map(len, parts))
     for r, part in enumerate(parts):
-        out[r::world] = part
-    return out
+        whole[r::world] = part
+    return whole
 
 # ---- model and optimiser
 torch.manual_seed(cfg.seed)
 model = build(ckpt_path, ckpt, model_cfg) if ckpt else WaveletTransformer(model_cfg)
 if source:
     wanted = model.state_dict()
-    fits = {}
-    for k, v in source["model"].items():
-        if k in wanted and torch.is_tensor(v) and v.shape == wanted[k].shape:
-            fits[k] = v
+    fits = {k: v for k, v in source["model"].items()
+            if k in wanted and getattr(v, "shape", None) == wanted[k].shape}
     if not fits.keys() & dict(model.named_parameters()).keys():
         stop(f"nothing in {args.init_from} fits this model: leave out the flags that make it another one")
     model.load_state_dict(fits, strict=False)
     fresh = ", ".join(k for k in wanted if k not in fits) or "none"
-    at = f"step {source['iter_num']} of {args.init_from}"
-    say(f"weights      {len(fits)} tensors are those of {at}; fresh: {fresh}")
+    say(f"weights      those of step {source['iter_num']} of {args.init_from}; fresh: {fresh}")
     if source["meta"].get("tokenizer") != meta["tokenizer"]:
         had = os.path.join(cfg.data_dir, str(source["meta"].get("name")))
         say("             its embeddings mean other words, as its tokenizer is another: prepare the data "
             f"with --tokenizer_from={had}")
-best_iter = -1  # none yet
-if ckpt and ckpt["best_loss"] < math.inf:  # the end takes it
-    if not os.path.exists(best_path):
-        stop(f"{best_path} does not exist, which this run is to test at its end: bring it back, or copy "
-             f"{ckpt_path} there to test no earlier state than that")
-    best = load_checkpoint(best_path)
-    build(best_path, best, model_cfg)
-    best_iter = best["iter_num"]
+best_iter = 0
+if ckpt and ckpt["best_loss"] < math.inf:
+    best_iter = load_checkpoint(best_path)["iter_num"]  # which the end takes: missed now, not then
 model.to(device)
 betas = (cfg.beta1, cfg.beta2)
 optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
 dtype = cfg.dtype
-if dtype == "auto" and device_type == "cuda":
-    dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-elif dtype == "auto":
-    dtype = "float32"
+if dtype == "auto":
+    half = "bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+    dtype = half if device_type == "cuda" else "float32"
 autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 sums = np.zeros(3)  # since the last line of log.csv: losses, without label smoothing, and steps
 iter_num, best_loss, seconds, evaluated, skipped, in_a_row = ((ckpt or COUNTERS)[name] for name in COUNTERS)
+launched = iter_num
 if ckpt:
-    try:
-        # its moments, with the settings of today
-        optimizer.load_state_dict(dict(optimizer.state_dict(), state=ckpt["optimizer"]["state"]))
-        if scaler.is_enabled() and ckpt["scaler"]:  # a run that comes from a CPU has none
-            scaler.load_state_dict(ckpt["scaler"])
-        for q, moments in optimizer.state.items():
-            assert all(v.shape == q.shape for k, v in moments.items() if k != "step")
-        sums += ckpt.get("sums", 0)  # which earlier checkpoints have not
-    except Exception:  # as many as there are ways to be no optimiser
-        stop(f"{ckpt_path} has an optimiser that is not this model's: restore it from a copy, or train again")
+    # its moments, with the settings of today
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=ckpt["optimizer"]["state"]))
+    if scaler.is_enabled() and ckpt["scaler"]:  # a run that comes from a CPU has none
+        scaler.load_state_dict(ckpt["scaler"])
+    sums += ckpt.get("sums", 0)
 net = model
 compiled = device_type == "cuda" if cfg.compile is None else cfg.compile
 why = f"default for {device_type}" if cfg.compile is None else "as asked"
@@ -409,18 +379,15 @@ flops_per_token = 6 * weights / len(tokens_per_row)
 flops_per_token += 12 * cfg.n_embd * tokens_per_row[-1] * sum(c.mixer == "attention" for c in layers)
 kind = f"{cfg.arch}, {cfg.mixer}"
 if cfg.arch == "encdec":
-    crosses = ",".join(dict.fromkeys(c.cross_kind for c in layers))
-    kind += f", cross {crosses}" + " (auto)" * (cfg.cross == "auto")
-unit = {"encdec": "pairs", "encoder": "rows", "decoder": "windows"}[cfg.arch]
+    kind += f", cross {','.join(sorted(crosses))}" + " (auto)" * (cfg.cross == "auto")
 sizes = ", ".join(f"{len(data):,} {split}" for split, data in splits.items())
 cut = ", ".join(f"{data.cut:,} of {len(data):,} {split}" for split, data in splits.items() if data.cut)
 say(f"device       {device} ({machine}), {world} process{'es' * (world > 1)}")
 if begun != "auto":
     where = "as" if begun == args.device else f"{begun} is not there, where"
     say(f"             {where} this run began")
-half = " (autocast)" * (dtype != "float32")
-say(f"dtype        {dtype}{half}, compile {'on' if compiled else 'off'} ({why})")
-say(f"data         {cfg.dataset}: {sizes} {unit}, vocabulary {cfg.vocab_size:,}, block {T_max}")
+say(f"dtype        {dtype}, compile {'on' if compiled else 'off'} ({why})")
+say(f"data         {cfg.dataset}: {sizes} rows, vocabulary {cfg.vocab_size:,}, block {T_max}")
 if cut:
     say(f"             rows longer than --block_size={T_max}, cut: {cut}")
 say(f"model        {kind}: {n_params:,} parameters ({n_mix:,} in mixers, {n_emb:,} in embeddings)")
@@ -431,13 +398,12 @@ say(f"step         {cfg.batch_size} rows * {cfg.gradient_accumulation_steps} = {
     f"{tokens_per_step:,} tokens, {flops_per_token / 1e6:.1f} MFLOP a token")
 
 # ---- evaluation
-caught = []  # signals
-compiling, launched = False, iter_num
+METRIC = {"exact": "exact match", "bleu": "BLEU", "bpb": "bits per byte", "acc": "accuracy"}[meta["metric"]]
+caught, compiling = [], False  # signals
 
 def on_signal(number, frame=None):
     if compiling:  # for minutes perhaps, of which a scheduler grants seconds
-        at = max(launched, iter_num - iter_num % cfg.eval_interval)
-        say(f"stopped while compiling: --resume goes on from step {at}", to="stderr")
+        say(f"stopped while compiling: --resume goes on from step {launched}", to="stderr")
         os._exit(128 + number)
     if caught and world == 1:  # the second Ctrl-C means now; torchrun sends several
         sys.exit(128 + number)
@@ -458,7 +424,8 @@ def evaluate(data, limit):
     of auc and f1."""
     model.eval()
     n_groups = 1 if data.groups is None else int(data.groups.max()) + 1
-    total, right, asked = 0.0, np.zeros(n_groups), np.zeros(n_groups)
+    total = 0.0
+    right, asked = np.zeros(n_groups), np.zeros(n_groups)
     probs, answers = [], []
     mine = data.first(limit)[rank::world]
     for start in range(0, len(mine), cfg.batch_size):
@@ -478,22 +445,20 @@ def evaluate(data, limit):
             probs += list(logits.float().softmax(-1).cpu().numpy())
             answers += targets.tolist()
     model.train()
-    total, *sums = total_over_ranks(total, *right, *asked)
-    right, asked = sums[:n_groups], sums[n_groups:]
+    total, *counts = total_over_ranks(total, *right, *asked)
+    right, asked = counts[:n_groups], counts[n_groups:]
     found = dict(loss=total / sum(asked), accuracy=sum(right) / sum(asked))
     if data.groups is not None:
         found["groups"] = {g: right[g] / asked[g] for g in range(n_groups) if asked[g]}
     if labels == "row":
         probs, answers = np.array(from_all_ranks(probs)), np.array(from_all_ranks(answers))
-        classes = [c for c in range(probs.shape[1]) if 0 < (answers == c).sum() < len(answers)]
-        classes = classes[-1:] if probs.shape[1] == 2 else classes
-        aucs = [roc_auc(probs[:, c], answers == c) for c in classes]
+        classes = range(probs.shape[1])[-1:] if probs.shape[1] == 2 else range(probs.shape[1])
+        aucs = [roc_auc(probs[:, c], answers == c) for c in classes if len(set(answers == c)) == 2]
         found["f1"] = macro_f1(probs.argmax(1), answers)
         found["auc"] = sum(aucs) / len(aucs) if aucs else None
     if meta["metric"] == "bleu" and (found["loss"] < math.log(3.5) or found["accuracy"] > 0.75):
-        say(f"warning: perplexity {math.exp(found['loss']):.2f}, token accuracy {found['accuracy']:.2f} with "
-            "the true words before each: on real text this is a leak, not a breakthrough (a mixer that sees "
-            "its own label, test rows in training), unless the rows are very regular")
+        say(f"warning: perplexity {math.exp(found['loss']):.2f}, token accuracy {found['accuracy']:.2f}: on "
+            "real text this is a leak (a mixer that sees its own label, test rows in training)")
     return found
 
 @torch.compiler.set_stance("force_eager")
@@ -505,39 +470,22 @@ def score(split, found, limit, beam=1, T=T_max):
         return found["loss"] / math.log(2) * meta["splits"][split]["tokens"] / meta["bytes"][split]
     if meta["metric"] == "acc":
         return found["accuracy"]
-    texts = []
-    for side in ("src", "tgt"):
-        with open(os.path.join(folder, f"{split}.{side}.txt"), encoding="utf-8") as f:
-            texts.append(f.read().split("\n")[:-1][:limit])
-    src, tgt = texts
+    src, tgt = (read_lines(os.path.join(folder, f"{split}.{side}.txt"))[:limit] for side in ("src", "tgt"))
     model.eval()
     with autocast:
         mine, _ = translate(model, tokenizer, src[rank::world], beam, batch_size=max(1, 256 // beam),
                             block_size=T, heed=heed)
     model.train()
     answers = from_all_ranks(mine)
-    if meta["metric"] == "exact":
-        return sum(a == b for a, b in zip(answers, tgt)) / len(tgt)
-    bleu = sacrebleu.metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"))
-    result = bleu.corpus_score(answers, [tgt]).score
-    if limit >= meta["splits"][split]["rows"]:
-        say(f"sacreBLEU signature: {bleu.get_signature()}")
-        bleu = sacrebleu.metrics.BLEU(tokenize=meta.get("bleu_tokenizer", "13a"), lowercase=True)
-        found["lowercased"] = bleu.corpus_score(answers, [tgt]).score
+    result, signature = marks(meta, answers, tgt)
+    if signature and limit >= meta["splits"][split]["rows"]:
+        say(f"sacreBLEU signature: {signature}")
+        found["lowercased"], _ = marks(meta, answers, tgt, lowercase=True)
         write(f"{out}/{split}.hyp.txt", lambda f: f.writelines(line + "\n" for line in answers))
     return result
 
 # ---- checkpoints and log
 LOGGED = ("step", "loss", "norm", "lr", "skipped", "val_loss", "val_metric", "nll")
-METRIC = {"exact": "exact match", "bleu": "BLEU", "bpb": "bits per byte", "acc": "accuracy"}[meta["metric"]]
-PATIENCE = 25  # steps that may fail in a row; float16 may need 16
-
-@contextmanager
-def writing(path):
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        stop(f"{path} cannot be written ({one_line(e)}): the last checkpoint is intact, make room, --resume")
 
 def write(path, into, mode="w"):
     """Only rank 0 writes, and what it writes is all there or not there."""
@@ -551,10 +499,10 @@ def log(**row):
         with writing(log_path), open(log_path, "a", newline="") as f:
             csv.writer(f).writerow([row.get(name, "") for name in LOGGED])
 
-def save(evaluated):
+def save(evaluated, best=False):
     state = dict(format=FORMAT, model=model.state_dict(), model_args=dataclasses.asdict(model_cfg), meta=meta,
                  iter_num=iter_num, best_loss=best_loss)
-    if evaluated and iter_num == best_iter:
+    if best:
         write(best_path, lambda f: torch.save(state, f), "wb")
     if evaluated and cfg.average:
         write(f"{out}/weights-{iter_num:08d}.pt", lambda f: torch.save(state, f), "wb")
@@ -585,15 +533,14 @@ def average():
 had = ckpt["config"] if ckpt else settings
 changed = [f"{k}={v} was {had.get(k)}" for k, v in settings.items() if v != had.get(k) and k != "resume"]
 if master:
-    try:
+    with writing(out):
         if not ckpt and os.path.exists(ckpt_path):
             n = next(n for n in range(1, 10**6) if not os.path.exists(f"{out}.{n}"))
             os.rename(out, f"{out}.{n}")
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
             owner = own()  # of the new folder, as the lock has moved too
-        megabytes = sum(v.nbytes for v in model.state_dict().values()) / 1e6
-        copies = 3 if ckpt else 7  # ckpt.pt, with two moments; at first best.pt too, and ckpt.pt twice
-        megabytes *= copies + cfg.average
+        copies = (3 if ckpt else 7) + cfg.average  # ckpt.pt has two moments; at first best.pt, ckpt.pt twice
+        megabytes = copies * sum(v.nbytes for v in model.state_dict().values()) / 1e6
         disk = shutil.disk_usage(out)
         if disk.total and disk.free < 1e6 * megabytes:  # some disks say 0 of 0
             stop(f"{out} has room for {disk.free / 1e6:,.0f} MB, the checkpoints need {megabytes:,.0f} MB: "
@@ -603,19 +550,23 @@ if master:
         else:
             with open(log_path, "w", newline="") as f:
                 csv.writer(f).writerow(LOGGED)
-        config_path = os.path.join(out, "config.json")
-        earlier = os.path.join(out, f"config.{iter_num:05d}.json")
-        if changed and os.path.exists(config_path) and not os.path.exists(earlier):
-            os.rename(config_path, earlier)  # what held up to this step
-        with replacing(config_path) as f:
-            json.dump(settings, f, indent=1)
-    except OSError as e:
-        stop(f"--out_dir={out} cannot be written: {e.strerror}")
+        earlier = f"{out}/config.{iter_num:05d}.json"
+        if changed and os.path.exists(f"{out}/config.json") and not os.path.exists(earlier):
+            os.rename(f"{out}/config.json", earlier)  # what held up to this step
+        write(f"{out}/config.json", lambda f: json.dump(settings, f, indent=1))
 say(" ".join(f"{k}={v}" for k, v in settings.items() if v != p.defaults.get(k)))
 if changed:
     say(f"changed from step {iter_num} on: {', '.join(changed)}")
 
 # ---- the loop
+PATIENCE = 25  # steps that may fail in a row; float16 may need 16
+t_start = t_told = time.time()
+told = iter_num  # up to this step
+drawing = master
+
+def step_of():
+    return f"step {iter_num:05d}/{cfg.max_iters:05d}"
+
 def get_lr(it):
     """Linear warm-up, then cosine to min_lr at max_iters."""
     low = cfg.learning_rate / 20 if cfg.min_lr is None else cfg.min_lr
@@ -624,131 +575,127 @@ def get_lr(it):
     ratio = (it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
     return low + 0.5 * (1 + math.cos(math.pi * min(1.0, ratio))) * (cfg.learning_rate - low)
 
-def without_smoothing(loss, logits, targets, share):
-    """The loss of a pass as evaluation takes it."""
-    if not cfg.label_smoothing:
-        return loss.detach()
-    if cfg.arch != "encoder":
-        targets = targets.masked_fill(targets == PAD, -1)
-    flat = logits.detach().flatten(0, -2).float()
-    return share * F.cross_entropy(flat, targets.flatten(), ignore_index=-1)  # no copy by a mask: it waits
-
 def passes(batches, size):
     """Forward and backward of this process's part of a step -> its loss, and the same without smoothing."""
-    loss_sum = nll = 0.0
+    loss_sum = nll_sum = 0.0
     for i, (tensors, share) in enumerate(batches):
         if world > 1:
             net.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
             logits, loss = net(*tensors)
-            loss = loss * share  # shares add up to 1 over all passes of all processes
+        loss = nll = loss * share  # shares add up to 1 over all passes of all processes
         scaler.scale(loss * size * world).backward()  # DDP averages, the step sums
+        if cfg.label_smoothing:
+            targets = tensors[1]
+            if cfg.arch != "encoder":
+                targets = targets.masked_fill(targets == PAD, -1)
+            flat = logits.detach().flatten(0, -2).float()
+            nll = share * F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
         loss_sum = loss_sum + loss.detach()
-        nll = nll + without_smoothing(loss, logits, tensors[1], share)
-    return loss_sum, nll
+        nll_sum = nll_sum + nll.detach()
+    return loss_sum, nll_sum
 
-def timed(stance):
-    """Seconds of forward and backward of this step, compiled or not, when warm."""
-    least = math.inf
-    for _ in range(4):
-        began = time.time()
-        with torch.compiler.set_stance(stance):
-            passes(batches, size)[0].item()
-        least = min(least, time.time() - began)
+def compile_now():
+    """Compile, on the lengths of ten steps, and say from which step on that pays. Nothing is learned."""
+    global compiling
+    heed()
+    compiling = True
+    taken = dict(default=[], force_eager=[])
+    for stance, seconds in taken.items():
+        for step in range(iter_num, iter_num + 10):
+            part = micro_batches(step)
+            began = time.time()
+            with torch.compiler.set_stance(stance):
+                passes(*part)[0].item()
+            seconds.append(time.time() - began)
     optimizer.zero_grad(set_to_none=True)
-    return least
+    compiling = False
+    fast, slow = map(np.median, taken.values())
+    cost = sum(taken["default"]) - 10 * fast
+    pays = iter_num + cost / (slow - fast) if fast < slow else math.inf
+    advice = f"it pays from step {pays:.0f} on" if pays < cfg.max_iters else "--compile=False is faster here"
+    say(f"compiled in {cost:.1f} s; a step {fast * 1e3:.1f} ms, uncompiled {slow * 1e3:.1f} ms: {advice}")
+
+def validate():
+    """Loss and metric on val, into log.csv, checkpoints and a picture."""
+    global best_loss, best_iter, drawing
+    save(evaluated=False)  # an evaluation may take longer than a scheduler waits
+    found = evaluate(splits["val"], cfg.eval_rows)
+    metric = score("val", found, cfg.metric_rows)
+    best = found["loss"] < best_loss
+    if best:
+        best_loss, best_iter = found["loss"], iter_num
+    say(f"{step_of()} | val loss {found['loss']:.4f} | val {METRIC} {metric:.4f}{' | best' * best}")
+    log(step=iter_num, val_loss=found["loss"], val_metric=metric)
+    save(evaluated=True, best=best)
+    if drawing:
+        try:
+            draw_curves([out], os.path.join(out, "curve.png"))
+        except (Exception, SystemExit) as e:  # a picture ends no training
+            drawing = False
+            say(f"curve.png is not drawn ({one_line(e)})")
+    if world > 1:
+        dist.barrier(group=patient)  # what the master writes and draws has no limit of time either
+
+def tell(norm, lr):
+    """A line of log.csv and of the screen, with the means since the line before."""
+    global told, t_told
+    loss, nll = sums[:2] / sums[2] if sums[2] else (math.nan, math.nan)
+    log(step=iter_num, loss=loss, norm=norm, lr=lr, skipped=skipped, nll=nll)
+    sums[:] = 0
+    dt = (time.time() - t_told) / (iter_num + 1 - told)
+    told, t_told = iter_num + 1, time.time()
+    speed = f"{dt * 1e3:.1f} ms | {tokens_per_step / dt:,.0f} tok/s"
+    if peak:
+        speed += f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}"
+    eta = f"eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m" + f" | skipped {skipped}" * (skipped > 0)
+    say(f"{step_of()} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e} | {speed} | {eta}")
 
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
     signal.signal(signal.SIGHUP, on_signal)
 model.train()
-t_start = t_log = time.time()
-first, val_loss, drawing = iter_num, math.inf, master
-WARM = 10  # steps in which everything is compiled
-times = []  # of these
 batches, size = micro_batches(iter_num)
 while True:
-    at = f"step {iter_num:05d}/{cfg.max_iters:05d}"
-    if (iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters) and not evaluated:
-        save(evaluated=False)  # an evaluation may take longer than a scheduler waits
-        found = evaluate(splits["val"], cfg.eval_rows)
-        val_loss, val_metric = found["loss"], score("val", found, cfg.metric_rows)
-        if val_loss < best_loss:
-            best_loss, best_iter = val_loss, iter_num
-        best = " | best" * (iter_num == best_iter)
-        say(f"{at} | val loss {val_loss:.4f} | val {METRIC} {val_metric:.4f}{best}")
-        log(step=iter_num, val_loss=val_loss, val_metric=val_metric)
-        save(evaluated=True)
-        if drawing:
-            try:
-                draw_curves([out], os.path.join(out, "curve.png"))
-            except (Exception, SystemExit) as e:  # a picture ends no training
-                drawing = False
-                say(f"curve.png is not drawn ({one_line(e)})")
-        if world > 1:
-            dist.barrier(group=patient)  # what the master writes and draws has no limit of time either
-        t_log, first = time.time(), iter_num
+    at_end = iter_num >= cfg.max_iters
+    if (iter_num % cfg.eval_interval == 0 or at_end) and not evaluated:
+        validate()
+        told, t_told = iter_num, time.time()
     evaluated = False
-    tired = cfg.patience and iter_num - best_iter >= cfg.patience * cfg.eval_interval
-    if tired:
-        say(f"{at} | no lower validation loss in {cfg.patience} evaluations: the end")
-    if tired or iter_num >= cfg.max_iters:
+    if cfg.patience and iter_num - best_iter >= cfg.patience * cfg.eval_interval:
+        say(f"{step_of()} | no lower validation loss in {cfg.patience} evaluations: the end")
+        at_end = True
+    if at_end:
         break
+    if compiled and iter_num == launched:
+        compile_now()
+        t_told = time.time()
 
-    if compiled and iter_num == launched + WARM:
-        began = time.time()
-        cost = sum(times) - WARM * float(np.median(times))
-        slow, fast = timed("force_eager"), timed("default")
-        pays = launched + cost / (slow - fast) if fast < slow else math.inf
-        advice = "--compile=False is faster here"
-        if pays < cfg.max_iters:
-            advice = f"it pays from step {pays:.0f} on"
-        say(f"compiled in {cost:.1f} s; forward and backward take {fast * 1e3:.1f} ms, uncompiled "
-            f"{slow * 1e3:.1f} ms: {advice}")
-        t_log += time.time() - began
-    compiling = compiled and iter_num < launched + WARM
-    if compiling and caught:
-        on_signal(caught[0])
-    began = time.time()
     torch.manual_seed(hash((cfg.seed, iter_num, rank)) % 2**31)  # dropout, too, can be repeated
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss_sum, nll = passes(batches, size)
-    compiling = False
+    loss, nll = passes(batches, size)
     batches, size = micro_batches(iter_num + 1)  # while the GPU is still busy
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    totals = total_over_ranks(loss_sum.item(), nll.item(), norm.item() / world, len(caught))
-    loss_sum, nll, norm, stopping = totals
-    if iter_num < launched + WARM:
-        times.append(time.time() - began)
-    if math.isfinite(loss_sum + norm):
+    mine = loss.item(), nll.item(), norm.item() / world, len(caught)
+    loss, nll, norm, stopping = total_over_ranks(*mine)
+    if math.isfinite(loss + norm):
         scaler.step(optimizer)
         in_a_row = 0
-        sums += loss_sum, nll, 1
+        sums += loss, nll, 1
     else:  # this step is left out
         skipped += 1
         in_a_row += 1
-        if in_a_row == PATIENCE:
-            advice = "" if dtype == "float32" else ", or take --dtype=float32"
-            stop(f"loss or gradient was not finite {PATIENCE} steps in a row, up to step {iter_num}: lower "
-                 f"--learning_rate, raise --warmup_iters{advice}; then --resume from the last checkpoint")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-
+    if in_a_row == PATIENCE:
+        stop(f"loss or gradient was not finite {PATIENCE} steps in a row, up to step {iter_num}: lower "
+             "--learning_rate, raise --warmup_iters or take --dtype=float32; then --resume")
     if iter_num % cfg.log_interval == 0:
-        loss_mean, nll_mean = sums[:2] / sums[2] if sums[2] else (math.nan, math.nan)
-        log(step=iter_num, loss=loss_mean, norm=norm, lr=lr, skipped=skipped, nll=nll_mean)
-        sums[:] = 0
-        dt = (time.time() - t_log) / (iter_num + 1 - first)
-        t_log, first = time.time(), iter_num + 1
-        speed = f"{dt * 1e3:.1f} ms | {tokens_per_step / dt:,.0f} tok/s"
-        if peak:
-            speed += f" | mfu {flops_per_token * tokens_per_step / dt / (peak * world):.1%}"
-        eta = f"eta {dt * (cfg.max_iters - iter_num) / 60:.1f}m" + f" | skipped {skipped}" * (skipped > 0)
-        say(f"{at} | loss {loss_mean:.4f} | norm {norm:.2f} | lr {lr:.1e} | {speed} | {eta}")
+        tell(norm, lr)
     iter_num += 1
     if stopping:
         save(evaluated=False)
@@ -774,7 +721,7 @@ def test(split, data, T):
     where = split if T == T_max else f"{split} at up to {T} tokens (trained at {T_max})"
     known = ", ".join(f"{name} {value:.3f}" for name, value in trivial.items())
     say(f"{where} loss {found['loss']:.4f} | {split} {METRIC} {metric:.4f} (n={len(data)}) | trivial {known}")
-    if meta["metric"] in ("bleu", "exact"):
+    if cfg.arch == "encdec":
         say(f"{where} perplexity {math.exp(found['loss']):.3f}, token accuracy {found['accuracy']:.4f}, "
             "given the true tokens before each")
     if labels == "row":
@@ -787,9 +734,6 @@ def test(split, data, T):
 
 say(f"{iter_num} steps in {seconds / 60:.1f} minutes")
 found = test("test", splits["test"], T_max)
-for T in Ts_far:
-    if T not in beyond:
-        say(f"{far} at {T} tokens: left out, --pos=learned knows no position beyond --block_size={T_max}")
 data = {name: int(np.sum(meta["splits"]["train"][name])) for name in ("rows", "tokens")}
 result = dict(params=n_params, steps=iter_num, seconds=round(seconds, 1), val_loss=best_loss,
               test_loss=found["loss"], test_metric=found["metric"], metric=METRIC, n=found["n"],
