@@ -616,33 +616,32 @@ def listops_row(draw, max_len, max_depth):
     value = grow(1)
     return bytes(row), value
 
-def listops_rows(draw, count, min_len, max_len, max_depth, seen):
-    """count rows of min_len < tokens < max_len, none of them in seen, and their values."""
-    rows, values, idle = [], [], 0
-    with tqdm(total=count, desc="draw rows", unit="row", leave=False) as bar:
-        while len(rows) < count:
-            idle += 1
-            check(idle < 100_000, f"the grammar gives only {len(rows)} different rows of {min_len} to "
-                  f"{max_len} tokens with --max_depth={max_depth}: ask for fewer, or for other lengths")
-            row, value = listops_row(draw, max_len, max_depth)
-            if min_len < len(row) < max_len and row not in seen:
-                idle = 0
-                seen.add(row)
-                rows.append(np.frombuffer(row, np.uint8) + N_SPECIAL)
-                values.append(value)
-                bar.update()
-    return rows, np.array(values)
-
 def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10, test_rows=2000):
     """Nested lists of digits, what is their value? The grammar of Long Range Arena (arXiv 2011.04006): an
     argument is an operator with probability 1/4, of 2 to 10 arguments. Split long: twice as long."""
     check(1 <= min_len < max_len, "--min_len and --max_len: a row needs 1 <= min_len < max_len")
     check(2 <= max_depth <= 100, "--max_depth must be 2 to 100")
     draw, seen, splits = random.Random(seed).random, set(), {}
-    for split, count in (("train", rows), ("val", max(1, min(2000, rows // 8))), ("test", test_rows)):
-        splits[split] = listops_rows(draw, count, min_len, max_len, max_depth, seen)
+    def fill(split, count, low, high):  # with so many rows of low < tokens < high, all different
+        found, values, idle = [], [], 0
+        with tqdm(total=count, desc=f"draw {split}", unit="row", leave=False) as bar:
+            while len(found) < count:
+                row, value = listops_row(draw, high, max_depth)
+                idle += 1
+                check(idle < 100_000, f"the grammar gives only {len(found)} different rows of {low} to {high} "
+                      f"tokens with --max_depth={max_depth}: ask for fewer, or for other lengths")
+                if low < len(row) < high and row not in seen:
+                    idle = 0
+                    seen.add(row)
+                    found.append(np.frombuffer(row, np.uint8) + N_SPECIAL)
+                    values.append(value)
+                    bar.update()
+        splits[split] = found, np.array(values)
+    fill("train", rows, min_len, max_len)
+    fill("val", max(1, min(2000, rows // 8)), min_len, max_len)
+    fill("test", test_rows, min_len, max_len)
     with contextlib.suppress(SystemExit):  # so shallow a tree may not get twice as long
-        splits["long"] = listops_rows(draw, -(-test_rows // 2), max_len, 2 * max_len, max_depth, seen)
+        fill("long", -(-test_rows // 2), max_len, 2 * max_len)
     digits = [str(d) for d in range(10)]
     spec = {"kind": "words", "words": [*digits, "[MIN", "[MAX", "[MED", "[SM", "]"]}
     meta = write_labelled(out, Tokenizer(spec), splits, max_len, digits)
@@ -845,23 +844,16 @@ def plausible(meta):
 
 def load_meta(folder):
     """meta.json of a data set whose files are all there and unchanged."""
-    folder, why = Path(folder), "has a damaged meta.json"
+    folder, why = Path(folder), "is damaged"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             why = f"has format {meta['format']} and this code reads {FORMAT}"
         elif meta["checksum"] == checksum(meta) and plausible(meta):
-            why = ""
-            for name, (size, crc) in meta["files"].items():
-                path = folder / name
-                if not path.exists() or path.stat().st_size != size:
-                    why = f"is damaged, {name} is missing or has a wrong size"
-                elif crc32(path) != crc:
-                    why = f"is damaged, {name} has changed since it was written"
-    except (FileNotFoundError, NotADirectoryError):
-        why = "holds no data set"
-    except OSError as e:
-        why = f"cannot be read ({e.strerror})"
+            bad = [name for name, (_, crc) in meta["files"].items() if crc32(folder / name) != crc]
+            why = f"is damaged, {bad[0]} is not what was written" if bad else None
+    except (FileNotFoundError, NotADirectoryError) as e:
+        why = f"is no whole data set, {e.filename} is missing"
     except Exception:  # as many as there are ways to be no meta.json
         pass
     flag = "dataset" if folder.name in DATASETS else "dataset=... --name"
@@ -1241,16 +1233,17 @@ def summary(folder, meta):
     print("  trivial scores on test |", trivial)
     if test["rows"] < 100 and meta["arch"] != "decoder":
         print(f"  warning: test has only {test['rows']} rows, a score on so few means little")
-    if meta["arch"] == "encdec":
-        first = [read_text(f"{folder}/test.{side}.txt").split("\n")[0] for side in ("src", "tgt")]
-        print("  test 0 |", " -> ".join(first))
+    for stem in ("train", "train.src", "train.tgt"):
+        if f"{stem}.bin" in meta["files"] and "image" not in meta:
+            ids = np.fromfile(f"{folder}/{stem}.bin", dtype=meta["dtype"], count=64)
+            print(f"  {stem} begins | {Tokenizer(meta['tokenizer']).decode(ids)[:100]!r}")
 
 def main():
     parser = Parser(description=__doc__)
     parser.add("--dataset", default="numbers", help=", ".join(DATASETS))
     parser.add("--source", help="a file, files joined by commas, a folder of *.txt or in the hub's layout")
-    parser.add("--text", help="table: the column of the texts [text]")
-    parser.add("--label", help="table: the column of the labels [label]")
+    parser.add("--text", help="table: the texts' column [text]")
+    parser.add("--label", help="table: the labels' column [label]")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
     parser.add("--name", help="a name of its own, instead of the data set's")
     parser.add("--tokenizer", choices=["gpt2", "bytes"], help="text, arxiv [gpt2], table, imdb [bytes]")
@@ -1277,7 +1270,7 @@ def main():
     except SystemExit as e:
         parser.error(e.code) if str(e.code).startswith("--") else sys.exit(e.code)
     summary(folder, load_meta(folder))
-    where = "" if args.data_dir == "data" else f" --data_dir={args.data_dir}"
+    where = f" --data_dir={args.data_dir}" if "data_dir" in parser.given else ""
     print(f"next: python train.py --dataset={args.name or args.dataset}{where}")
 
 if __name__ == "__main__":

@@ -2447,7 +2447,10 @@ def test_damaged_data_is_one_line(tmp_path):
     folder = prepare("numbers", str(tmp_path), rows=100)
     with open(f"{folder}/train.src.bin", "ab") as f:
         f.write(b"x")
-    with refusal("train.src.bin is missing or has a wrong size"):
+    with refusal("is damaged, train.src.bin is not what was written"):
+        load_meta(folder)
+    os.remove(f"{folder}/val.src.idx")
+    with refusal("val.src.idx is missing"):
         load_meta(folder)
     write_lines(tmp_path / "a", ["one", "two", "three"])
     write_lines(tmp_path / "b", ["eins", "zwei"])
@@ -2725,7 +2728,7 @@ def test_a_tokenizer_is_used_again(tmp_path):
             ("text", dict(source=c, tokenizer_from=first, tokenizer="bytes"), "leave out"),
             ("lego", dict(tokenizer_from=first), "--tokenizer_from is no flag of lego"),
             ("text", dict(name="new", source=c, tokenizer_from=words), "knows no text"),
-            ("text", dict(name="new", source=c, tokenizer_from=f"{tmp_path}/none"), "none holds no data set")):
+            ("text", dict(source=c, tokenizer_from=f"{tmp_path}/none"), "none is no whole data set")):
         with refusal(words):
             prepare(name, data, **flags)
 
