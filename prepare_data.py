@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 FORMAT = 3
 PAD, BOS, EOS, N_SPECIAL = 0, 1, 2, 3
+LONGEST = 256  # tokens of a sentence and its eos
 # GPT-4's way of cutting text into words before any merge, but with digits in pairs
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
            r"|\s+(?!\S)|\s+")
@@ -290,9 +291,9 @@ def own(splits, seed, held_out):
     skipped["train: same source as a row of val or test, left out"] = twins
     return {"train": kept, "val": splits["val"], "test": splits["test"]}, skipped
 
-def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec=None, cap=256):
-    """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size. limit is of train
-    rows; those of cap tokens are dropped, others left to the loader to cut."""
+def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec=None):
+    """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size, for limit rows of
+    train. One with a side of LONGEST tokens leaves train; in the other splits the loader cuts it."""
     splits["train"] = splits["train"][:limit]
     sources, targets = zip(*splits["train"])
     bleu = bleu_tokenizer(targets)
@@ -302,8 +303,8 @@ def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec
         src, tgt = zip(*pairs)
         rows = list(zip(tok.encode_rows(src, f"{split}.src"), tok.encode_rows(tgt, f"{split}.tgt")))
         if split == "train":
-            short = [pair for pair in rows if max(map(len, pair)) < cap]
-            check(short, f"no train row is shorter than {cap} tokens")
+            short = [pair for pair in rows if max(map(len, pair)) < LONGEST]
+            check(short, f"no train row is shorter than {LONGEST} tokens")
             skipped["train: longer than block_size"] = len(rows) - len(short)
             rows = short
         if metric == "bleu":
@@ -320,7 +321,7 @@ def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec
             if split != "train":
                 (out / f"{split}.{side}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     longest = max(max(stats[split]["longest"]) for split in ("train", "val", "test"))  # not long's
-    size = min(longest // 8 * 8 + 8, cap)  # the row and one special id, in multiples of 8
+    size = min(longest // 8 * 8 + 8, LONGEST)  # the row and one special id, in multiples of 8
     ratio = stats["train"]["tokens"][0] / stats["train"]["tokens"][1]
     return dict(arch="encdec", metric=metric, tokenizer=tok, block_size=size, splits=stats, skipped=skipped,
                 ratio=ratio, bleu_tokenizer=bleu)
@@ -628,8 +629,8 @@ def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10
             while len(found) < count:
                 row, value = listops_row(draw, high, max_depth)
                 idle += 1
-                check(idle < 100_000, f"the grammar gives only {len(found)} different rows of {low} to {high} "
-                      f"tokens with --max_depth={max_depth}: ask for fewer, or for other lengths")
+                check(idle < 100_000, f"the grammar gives only {len(found)} different rows of {low} to "
+                      f"{high} tokens with --max_depth={max_depth}: ask for fewer, or for other lengths")
                 if low < len(row) < high and row not in seen:
                     idle = 0
                     seen.add(row)
@@ -902,16 +903,10 @@ class Rows:
         room = T - (self.arch != "encoder")  # for bos or eos
         self.lengths = [np.minimum(n, room) for n in whole]
         self.cut = int((np.maximum(whole[0], whole[-1]) > room).sum())
-        self.groups = None
-        if "groups" in meta:
-            self.groups = np.memmap(Path(folder) / f"{split}.group.bin", np.int32, "r")
-        if self.kind:
-            self.labels = np.memmap(Path(folder) / f"{split}.label.bin", np.int32, "r")
-            most = meta["n_classes"] if self.arch == "encoder" else meta["vocab_size"]
-            check(-1 <= self.labels.min() <= self.labels.max() < most, f"{folder}/{split}.label.bin has "
-                  f"labels beyond the {most} known: prepare the data set again")
-        # how many targets each row has
-        self.asked = self.lengths[-1] + 1
+        path = Path(folder) / split
+        self.groups = np.memmap(f"{path}.group.bin", np.int32, "r") if "groups" in meta else None
+        self.labels = np.memmap(f"{path}.label.bin", np.int32, "r") if self.kind else None
+        self.asked = self.lengths[-1] + 1  # how many targets each row has
         if self.kind == "row":
             self.asked = np.ones(len(self), dtype=int)
         elif self.kind == "token":
@@ -1019,6 +1014,8 @@ def draw_curves(folders, path):
     figure = Figure(figsize=(14, 4), layout="constrained")
     losses, metric, rate = figure.subplots(1, 3)
     losses.set(title="loss: thin in training, dots on val", yscale="log")
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter("{x:g}")
     metric.set(title="metric on val")
     rate.set(title="learning rate")
     for i, folder in enumerate(folders):
@@ -1108,7 +1105,7 @@ def prepare(dataset, data_dir="data", name=None, force=False, **flags):
     except OSError as e:
         raise SystemExit(f"{folder} cannot be made: {e}")
     meta = load_meta(folder)
-    made_with = {"dataset": meta["dataset"], **meta["settings"]}
+    made_with = {"dataset": meta.get("dataset", name), **meta["settings"]}
     for key in ("dataset", *given):
         had = made_with.get(key)
         if had != {"dataset": dataset, **settings}.get(key):

@@ -2154,7 +2154,7 @@ def test_a_large_test_set_leaves_the_rows_of_training_alone(name, tmp_path):
 
 
 def value_and_depth(words):
-    """A ListOps row read word by word with a stack: its value, its depth, its operators' numbers of arguments."""
+    """A ListOps row read with a stack: its value, its depth, its operators' counts of arguments."""
     stack, depth, arguments = [[]], 0, []
     for w in words:
         if w[0] == "[":
@@ -2326,7 +2326,7 @@ def test_roc_auc_and_the_leak_alarm(work):
 def test_translation_data_from_the_hubs_layout(tmp_path):
     # catches: lost umlauts, rows with an empty side, sides drifting apart, a blank last line
     for split, n in (("train", 60), ("val", 5), ("test", 5)):
-        rows = [dict(en=f"{split} sentence {i}: {en(i)}.", de=f"Satz {i}: {de(i)}, größer.") for i in range(n)]
+        rows = [dict(en=f"{split} {i}: {en(i)}.", de=f"Satz {i}: {de(i)}, größer.") for i in range(n)]
         rows += [dict(en="x", de="")] * (split == "train")
         content = "\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n"
         (tmp_path / f"{split}.jsonl").write_text(content, encoding="utf-8")
@@ -2417,7 +2417,7 @@ def test_preparation_is_all_or_nothing(tmp_path):
         (tmp_path / "t").write_text(content)
         with refusal("too short"):
             prepare("text", str(data), source=str(tmp_path / "t"), tokenizer="bytes")
-    limit = ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); import prepare_data; "
+    limit = ("import resource, prepare_data; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
              "prepare_data.main()")
     full = subprocess.run([sys.executable, "-c", limit, "--dataset=lego", "--rows=20000"], cwd=tmp_path,
                           env=dict(os.environ, PYTHONPATH=HERE), capture_output=True, text=True)
@@ -2721,14 +2721,14 @@ def test_a_tokenizer_is_used_again(tmp_path):
         assert load_meta(folder)["tokenizer"] == spec and spec["kind"] == "bpe"
     assert all(row.startswith("the cat ") for row in rows_of(table, "train.src"))
     other = prepare("numbers", data, rows=100)
-    words = prepare("recall", data, rows=50, n_pairs=2)
+    textless = prepare("recall", data, rows=50, n_pairs=2)
     for name, flags, words in (
             ("table", dict(source=t, tokenizer_from=other), "made with another tokenizer_from: --force"),
             ("parallel", dict(source=f"{a},{b}", tokenizer_from=first, vocab_size=280), "leave out"),
             ("text", dict(source=c, tokenizer_from=first, tokenizer="bytes"), "leave out"),
             ("lego", dict(tokenizer_from=first), "--tokenizer_from is no flag of lego"),
-            ("text", dict(name="new", source=c, tokenizer_from=words), "knows no text"),
-            ("text", dict(source=c, tokenizer_from=f"{tmp_path}/none"), "none is no whole data set")):
+            ("text", dict(source=c, tokenizer_from=textless), "knows no text"),
+            ("text", dict(source=c, tokenizer_from=f"{tmp_path}/none"), "none is no whole data")):
         with refusal(words):
             prepare(name, data, **flags)
 
@@ -2737,7 +2737,8 @@ def test_text_of_several_files(tmp_path):
     # catches: a file's last line glued to the next file's first, a benchmark's own split mixed or thinned
     def lines_of(name, n):
         return "\n".join(f"{name}, a line of text, the {i}th" for i in range(n))
-    flags, data, source, own = dict(tokenizer="bytes"), str(tmp_path / "data"), tmp_path / "s", tmp_path / "own"
+    flags, data = dict(tokenizer="bytes"), str(tmp_path / "data")
+    source, own = tmp_path / "s", tmp_path / "own"
     source.mkdir()
     own.mkdir()
     for name in ("c.txt", "a.txt", "b.txt", "notes.md"):
