@@ -455,14 +455,14 @@ def cut_in_three(whole):
 def text(out, source, tokenizer="gpt2", tokenizer_from=None):
     """Any plain text, for a decoder: a file, files joined by commas, or a folder of *.txt, cut in three in
     their order. A folder with train.txt, val.txt and test.txt is split already."""
-    paths, tok, twins = source.split(","), Tokenizer(tokenizer_from or {"kind": tokenizer}), 0
+    tok = Tokenizer(tokenizer_from or {"kind": tokenizer})
+    paths, parts, twins = source.split(","), {}, 0
     if Path(source).is_dir():
         paths = sorted(Path(source).glob("*.txt"))
         check(paths, f"{source} has no *.txt")
-    parts = {Path(path).stem: read_text(path) for path in paths}
-    splits = [split for split in ("train", "val", "test") if split in parts and Path(source).is_dir()]
-    check(len(splits) in (0, 3), f"{source} has only {', '.join(splits)} of train.txt, val.txt and test.txt")
-    if not splits:
+        parts = {path.stem: read_text(path) for path in paths if path.stem in ("train", "val", "test")}
+        check(len(parts) in (0, 3), f"{source} has only {', '.join(parts)} of train, val and test.txt")
+    if not parts:
         parts, twins = cut_in_three("\n".join(map(read_text, paths)))
     sizes, stats = {}, {}
     for split in ("train", "val", "test"):

@@ -2751,7 +2751,7 @@ def test_text_of_several_files(tmp_path):
     with refusal("has no .*txt"):
         prepare("text", data, name="own", source=str(own), **flags)
     (own / "train.txt").write_text(lines_of("x", 300))
-    with refusal("has only train of train.txt, val.txt and test.txt"):
+    with refusal("has only train of train, val and test.txt"):
         prepare("text", data, name="own", source=str(own), **flags)
     (own / "val.txt").write_text(lines_of("x", 40) + "\n" + lines_of("v", 40))
     (own / "test.txt").write_text(lines_of("t", 80))
