@@ -7,13 +7,12 @@ Turns a data set into a folder of token files that train.py memory-maps.
     python prepare_data.py --dataset=parallel --source=train.en,train.de
     python prepare_data.py --dataset=text --source=my.txt              # --tokenizer=bytes --name=mine
     python prepare_data.py --dataset=table --source=my.csv             # CSV, TSV, JSONL: --text=, --label=
-    python prepare_data.py --dataset=imdb
 
-Afterwards data/NAME holds meta.json (sizes, tokenizer, settings) and, for a decoder, train.bin, one stream;
-for an encoder-decoder train.src.bin, all rows in a line, with train.src.idx, their rows + 1 int64 offsets;
-the same for .tgt, val, test, and test.src.txt, the raw rows, as text is what is scored; for an encoder .src
-and .label.bin. Ids 0, 1, 2 are PAD, BOS, EOS, which the loader adds; token t is stored as t + 3.
-To add a data set, write one function and name it in DATASETS: its parameters are the flags that it takes.
+data/NAME then holds meta.json (sizes, tokenizer, settings) and, for a decoder, train.bin, one stream; for an
+encoder-decoder train.src.bin, all rows in a line, and train.src.idx, their rows + 1 int64 offsets; the same
+for .tgt, val, test, and test.src.txt, the raw rows; for an encoder .src and .label.bin. Ids 0, 1, 2 are PAD,
+BOS, EOS, which the loader adds; token t is stored as t + 3. To add a data set, write one function and name it
+in DATASETS: its parameters are the flags that it takes.
 """
 import argparse
 import base64
@@ -46,6 +45,7 @@ from tqdm import tqdm
 
 FORMAT = 3
 PAD, BOS, EOS, N_SPECIAL = 0, 1, 2, 3
+LONGEST = 256  # tokens of a sentence and its eos
 # GPT-4's way of cutting text into words before any merge, but with digits in pairs
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
            r"|\s+(?!\S)|\s+")
@@ -84,32 +84,35 @@ class Tokenizer:
     """Text to ids and back, made from the plain dict that meta.json and every checkpoint carry."""
 
     def __init__(self, spec):
-        self.spec, kind = spec, str(spec["kind"])
-        self.words, self.bpe = spec.get("words"), None  # neither: bytes, or the grey values of pixels
-        if kind == "gpt2":
+        self.spec = spec
+        self.words = spec.get("words")
+        self.bpe = None  # without words either: bytes, or the grey values of pixels
+        if spec["kind"] == "gpt2":
             try:
                 self.bpe = need("tiktoken").get_encoding("gpt2")
             except Exception:
                 raise SystemExit("GPT-2's BPE files cannot be fetched: point TIKTOKEN_CACHE_DIR to a folder "
                                  "that holds them, or prepare with --tokenizer=bytes")
-        elif kind == "bpe":
+        elif spec["kind"] == "bpe":
             ranks = {base64.b64decode(word): rank for rank, word in enumerate(spec["ranks"])}
             encoding = need("tiktoken").Encoding
             self.bpe = encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens={})
-        elif kind not in ("bytes", "pixels", "words"):
-            raise ValueError(f"the tokenizer {kind} is unknown")
+        elif spec["kind"] not in ("bytes", "pixels", "words"):
+            raise ValueError(f"the tokenizer {spec['kind']} is unknown")
         self.vocab_size = N_SPECIAL + (self.bpe.n_vocab if self.bpe else len(self.words or range(256)))
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65535 else np.uint32)
 
     def encode(self, text):
         if self.words:
-            known = " ".join(self.words)
+            raw = []
             for word in text.split():
-                check(word in self.words, f"{word!r} is no word of this data set, which knows only: {known}")
-            return [self.words.index(word) + N_SPECIAL for word in text.split()]
-        if self.bpe is None:
-            return [t + N_SPECIAL for t in text.encode("utf-8", "replace")]
-        return [t + N_SPECIAL for piece in pieces(text) for t in self.bpe.encode_ordinary(piece)]
+                check(word in self.words, f"{word!r} is no word of this data set: {' '.join(self.words)}")
+                raw.append(self.words.index(word))
+        elif self.bpe:
+            raw = [t for piece in pieces(text) for t in self.bpe.encode_ordinary(piece)]
+        else:
+            raw = text.encode("utf-8", "replace")
+        return [t + N_SPECIAL for t in raw]
 
     def decode(self, ids):
         raw = [int(i) - N_SPECIAL for i in ids if N_SPECIAL <= i < self.vocab_size]
@@ -133,16 +136,11 @@ def train_bpe(sides, vocab_size):  # joint: names and numbers, alike in both lan
     return {"kind": "bpe", "pattern": PATTERN, "ranks": words}
 
 # ---- reading ----
-def read_text(path, empty=True):  # a UTF-8 file without its byte order mark; empty=False refuses an empty one
+def read_text(path):  # a UTF-8 file without its byte order mark
     try:
-        raw = Path(path).read_bytes()
-        check(empty or raw.strip(), f"{path} is empty")
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except OSError as e:
-        raise SystemExit(f"{path} cannot be read: {e.strerror}")
-    except UnicodeDecodeError as e:
-        where = f"byte 0x{raw[e.start]:02x} at offset {e.start}"
-        raise SystemExit(f"{path} is not UTF-8 ({where}): convert it first, for example with iconv")
+        return Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f"{path} cannot be read or is not UTF-8 ({e})")
 
 def first_gap(a, b):  # where two sides part: lengths of true pairs go together, of shifted ones they do not
     x, y = (np.log1p([len(row) for row in side[:min(len(a), len(b))]]) for side in (a, b))
@@ -151,60 +149,42 @@ def first_gap(a, b):  # where two sides part: lengths of true pairs go together,
     return int(np.argmax(np.cumsum(np.r_[0, 0.75 * by_chance - np.abs(x - y - shift)])))
 
 def json_rows(whole):
+    def number(digits):  # the label 1.0 is the label 1
+        value = float(digits)
+        return int(value) if value.is_integer() else value
     for line in filter(str.strip, whole.split("\n")):
-        row = json.loads(line, parse_constant=lambda name: None)  # NaN is no label
-        for key, value in row.items():
-            if isinstance(value, float) and value.is_integer():
-                row[key] = int(value)  # the label 1.0 is the label 1
-        yield row
+        yield json.loads(line, parse_float=number, parse_constant=lambda name: None)  # NaN is no label
 
-def hub_rows(path):
-    """The rows of a JSONL or Parquet file, each a dict."""
-    if path.suffix == ".jsonl":
-        yield from json_rows(read_text(path))
-    else:
-        for batch in need("pyarrow.parquet").ParquetFile(path).iter_batches(1000):
-            yield from batch.to_pylist()
-
-def class_names(path):
-    """What the hub has written into a Parquet file about its column label, or None."""
-    if path.suffix == ".parquet":
-        about = need("pyarrow.parquet").read_schema(path).metadata or {}
-        features = json.loads(about.get(b"huggingface", "{}")).get("info", {}).get("features", {})
-        return features.get("label", {}).get("names")
-
-def hub(source, repo, patterns, get, revision=None):
-    """{split: list of get(row)} from a folder in the hub's layout or from the hub, and the names of the
-    classes, if any. Of patterns joined by | the first that matches counts."""
+def hub(source, repo, files, get, revision=None):
+    """{split: list of get(row)} from the JSONL or Parquet files that match files[split], in a folder in the
+    hub's layout or in the hub."""
     if source is None:
         try:  # without a network this takes what an earlier call has fetched
-            wanted = "|".join(patterns.values()).split("|")
-            source = need("huggingface_hub").snapshot_download(repo, repo_type="dataset", revision=revision,
-                                                               allow_patterns=wanted)
+            fetch = need("huggingface_hub").snapshot_download
+            source = fetch(repo, repo_type="dataset", revision=revision, allow_patterns=list(files.values()))
         except Exception as e:
-            why = " ".join(str(e).split())[:150]
-            raise SystemExit(f"{repo} cannot be fetched from the hub ({why}): name a local copy with "
-                             "--source=DIR")
-    splits, names = {}, None
-    for split, pattern in patterns.items():
-        found = []
-        for name in pattern.split("|"):
-            found = found or sorted(Path(source).glob(name))
-        check(found, f"{source} has no {pattern.split('|')[0]}: --source must be a copy of {repo} in the "
-              "hub's own layout")
+            why = textwrap.shorten(str(e), 150)
+            raise SystemExit(f"{repo} cannot be fetched ({why}): name a local copy with --source=DIR")
+    splits = {}
+    for split, pattern in files.items():
+        paths = sorted(Path(source).glob(pattern))
+        check(paths, f"{source} has no {pattern}: --source must be a copy of {repo} in the hub's own layout")
         splits[split] = []
-        for path in tqdm(found, f"read {split}", unit="file", leave=False):
+        for path in tqdm(paths, f"read {split}", unit="file", leave=False):
             try:
-                splits[split].extend(map(get, hub_rows(path)))
-                names = names or class_names(path)
+                if path.suffix == ".jsonl":
+                    rows = json_rows(read_text(path))
+                else:
+                    batches = need("pyarrow.parquet").ParquetFile(path).iter_batches(1000)
+                    rows = (row for batch in batches for row in batch.to_pylist())
+                splits[split] += map(get, rows)
             except Exception as e:
-                why = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+                why = textwrap.shorten(f"{type(e).__name__}: {e}", 150)
                 raise SystemExit(f"{path}: its rows cannot be read or lack a field ({why})")
-    return splits, names
+    return splits
 
 def hub_with_val(source, repo, get, seed, rows):  # a tenth of train becomes val: test chooses nothing
-    files = {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}
-    splits, _ = hub(source, repo, files, get)
+    splits = hub(source, repo, {split: f"plain_text/{split}-*.parquet" for split in ("train", "test")}, get)
     pairs = splits["train"]
     k = max(1, len(pairs) // 10)
     order = np.random.default_rng(seed).permutation(len(pairs))
@@ -266,11 +246,6 @@ def write_ragged(out, stem, rows, dtype):
     np.concatenate(rows).astype(dtype).tofile(out / f"{stem}.bin")
     np.cumsum([0, *map(len, rows)], dtype=np.int64).tofile(out / f"{stem}.idx")
 
-def describe(arch, metric, tok, block_size, splits, skipped):  # what meta.json says of all
-    return {"arch": arch, "metric": metric, "vocab_size": tok.vocab_size, "dtype": tok.dtype.name,
-            "tokenizer": tok.spec, "block_size": block_size, "splits": splits,
-            "skipped": {what: n for what, n in skipped.items() if n}}
-
 def bleu_tokenizer(texts):
     """sacreBLEU's tokenizer for this script: its own, 13a, takes a line of Chinese or Thai for one word."""
     letters = "".join(texts)
@@ -281,17 +256,12 @@ def bleu_tokenizer(texts):
         return "13a"
     return "zh" if others < han / 10 else "char"
 
-def copied(metric, sources, targets, tokenizer):  # what the sources score as translations of themselves
-    if metric == "bleu":
-        bleu = need("sacrebleu").metrics.BLEU(tokenize=tokenizer)
-        return bleu.corpus_score(sources[:2000], [targets[:2000]]).score
-    return float(np.mean([a == b for a, b in zip(sources, targets)]))
-
 def tidy(splits):  # {split: pairs of plain text}, both there, and {what was left out: how many}
     full, skipped = {}, {}
     for split, pairs in splits.items():
         pairs = [tuple(map(plain, pair)) for pair in pairs]
         full[split] = [pair for pair in pairs if all(map(twin, pair))]
+        check(full[split], f"no row of {split} has text on both sides")
         skipped[f"{split}: one side empty"] = len(pairs) - len(full[split])
     return full, skipped
 
@@ -301,35 +271,30 @@ def own(splits, seed, held_out):
     splits, skipped = tidy(splits)
     missing = [split for split in ("test", "val") if split not in splits]
     check(missing or not held_out, "--held_out is for what is drawn from train: leave it out")
+    train = splits.pop("train")
+    held = {twin(source) for pairs in splits.values() for source, _ in pairs}
     first = {}  # of the rows with the same source
-    for source, target in splits["train"]:
-        first.setdefault(twin(source), (source, target))
+    for row in train:
+        if twin(row[0]) not in held:
+            first.setdefault(twin(row[0]), row)
     k = held_out or max(1, min(2000, len(first) // 10))
-    check(k * len(missing) < len(first), f"{len(first)} different rows with text on both sides are too few "
-          f"to hold out {k} for each of {', '.join(missing)}: "
-          + ("lower --held_out" if held_out else "give more rows"))
+    check(k * len(missing) < len(first), f"{len(first)} different rows are too few to train on and to hold "
+          f"out {k} for each of val and test: give more, or lower --held_out")
+    order = np.random.default_rng(seed).permutation(len(first))
     rows = list(first.values())
-    order = np.random.default_rng(seed).permutation(len(rows))
-    for n, split in enumerate(missing):
-        splits[split] = [rows[i] for i in order[n * k:(n + 1) * k]]
-    known = set()
-    for split in ("test", "val", "train"):
-        kept = [row for row in splits[split] if twin(row[0]) not in known]
-        check(kept, f"no row is left for {split}, whose sources all stand in val or test")
-        twins = len(splits[split]) - len(kept)
-        if split == "train":
-            twins -= k * len(missing)  # those moved
-        skipped[f"{split}: same source as a row of val or test, left out"] = twins
-        known.update(twin(source) for source, _ in kept)
-        splits[split] = kept
-    return {split: splits[split] for split in ("train", "val", "test")}, skipped  # as files are written
+    for split in missing:
+        splits[split] = [rows[i] for i in order[:k]]
+        held.update(twin(source) for source, _ in splits[split])
+        order = order[k:]
+    kept = [row for row in train if twin(row[0]) not in held]
+    twins = len(train) - len(kept) - k * len(missing)
+    skipped["train: same source as a row of val or test, left out"] = twins
+    return {"train": kept, "val": splits["val"], "test": splits["test"]}, skipped
 
-def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec=None, cap=256):
-    """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size. limit is of train
-    rows; those longer than cap are dropped, others left to the loader."""
+def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec=None):
+    """From {split: tidy pairs} to files of tokens, those of spec or of a BPE of vocab_size, for limit rows of
+    train. One with a side of LONGEST tokens leaves train; in the other splits the loader cuts it."""
     splits["train"] = splits["train"][:limit]
-    for split, pairs in splits.items():
-        check(pairs, f"too few rows with text on both sides: none is left for {split}")
     sources, targets = zip(*splits["train"])
     bleu = bleu_tokenizer(targets)
     tok = Tokenizer(spec or train_bpe((sources, targets), vocab_size))
@@ -337,74 +302,52 @@ def write_encdec(out, metric, splits, skipped, vocab_size=None, limit=None, spec
     for split, pairs in splits.items():
         src, tgt = zip(*pairs)
         rows = list(zip(tok.encode_rows(src, f"{split}.src"), tok.encode_rows(tgt, f"{split}.tgt")))
-        short = [pair for pair in rows if max(map(len, pair)) < cap]
-        reason = "longer than block_size" + (", kept and cut by the loader" if split != "train" else "")
-        skipped[f"{split}: {reason}"] = len(rows) - len(short)
         if split == "train":
+            short = [pair for pair in rows if max(map(len, pair)) < LONGEST]
+            check(short, f"no train row is shorter than {LONGEST} tokens")
+            skipped["train: longer than block_size"] = len(rows) - len(short)
             rows = short
-            check(rows, f"no train row is shorter than {cap} tokens")
-        stats[split] = {"rows": len(rows), "tokens": [], "longest": [],
-                        "trivial": {"copy the source": copied(metric, src, tgt, bleu)}}
-        for side, texts, ids in zip(("src", "tgt"), (src, tgt), zip(*rows)):
+        if metric == "bleu":
+            scorer = need("sacrebleu").metrics.BLEU(tokenize=bleu)
+            copied = scorer.corpus_score(src[:2000], [tgt[:2000]]).score
+        else:
+            copied = float(np.mean([a == b for a, b in pairs]))
+        sides = list(zip(*rows))
+        stats[split] = {"rows": len(rows), "tokens": [sum(map(len, ids)) for ids in sides],
+                        "longest": [max(map(len, ids)) for ids in sides],
+                        "trivial": {"copy the source": copied}}
+        for side, texts, ids in zip(("src", "tgt"), (src, tgt), sides):
             write_ragged(out, f"{split}.{side}", ids, tok.dtype)
-            stats[split]["tokens"].append(sum(map(len, ids)))
-            stats[split]["longest"].append(max(map(len, ids)))
             if split != "train":
                 (out / f"{split}.{side}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     longest = max(max(stats[split]["longest"]) for split in ("train", "val", "test"))  # not long's
-    size = min(longest // 8 * 8 + 8, cap)  # the row and one special id, in multiples of 8
+    size = min(longest // 8 * 8 + 8, LONGEST)  # the row and one special id, in multiples of 8
     ratio = stats["train"]["tokens"][0] / stats["train"]["tokens"][1]
-    return {**describe("encdec", metric, tok, size, stats, skipped), "ratio": ratio, "bleu_tokenizer": bleu}
+    return dict(arch="encdec", metric=metric, tokenizer=tok, block_size=size, splits=stats, skipped=skipped,
+                ratio=ratio, bleu_tokenizer=bleu)
 
-def write_labelled(out, spec, splits, block_size, skipped=(), **meta):
+def write_labelled(out, tok, splits, block_size, classes=(), arch="encoder", **meta):
     """From {split: (rows of ids, labels)} to files. A label is a row's, or a row of labels stands beside its
     tokens (-1: nothing is asked there), and behind them such rows of groups, by which the accuracy is split.
-    An empty row is skipped, a long one is the loader's to cut."""
-    tok, stats, skipped = Tokenizer(spec), {}, dict(skipped)
+    A long row is the loader's to cut."""
+    stats = {}
     for split, (rows, labels, *groups) in splits.items():
-        full = [i for i, row in enumerate(rows) if len(row)]
-        check(full, f"no row of {split} has any text")
-        skipped[f"{split}: empty, skipped"] = len(rows) - len(full)
-        meta["labels"] = "token" if np.ndim(labels[0]) else "row"
-        if meta["labels"] == "row":
-            rows = [rows[i] for i in full]
-            labels = np.array([labels[i] for i in full])
-            fits = 0 <= labels.min() and labels.max() < len(meta["classes"])
-            check(fits, f"{split} has labels that are none of the {len(meta['classes'])} classes")
-        else:
-            labels = np.concatenate(labels)
+        kind = "token" if np.ndim(labels[0]) else "row"
+        labels = np.hstack(labels)
         write_ragged(out, f"{split}.src", rows, tok.dtype)
         labels.astype(np.int32).tofile(out / f"{split}.label.bin")
         if groups:
-            np.concatenate(groups[0]).astype(np.int32).tofile(out / f"{split}.group.bin")
+            np.hstack(groups[0]).astype(np.int32).tofile(out / f"{split}.group.bin")
         asked = labels[labels >= 0]
         if split == "train":
             most = np.bincount(asked).argmax()
-        lengths = np.array([len(row) for row in rows])
-        stats[split] = {"rows": len(rows), "tokens": int(lengths.sum()), "longest": int(lengths.max()),
+        lengths = list(map(len, rows))
+        stats[split] = {"rows": len(rows), "tokens": sum(lengths), "longest": max(lengths),
                         "trivial": {"majority class": float((asked == most).mean())}}
-        if split != "long":
-            cut = int((lengths > block_size).sum())
-            skipped[f"{split}: longer than {block_size} tokens, cut by the loader"] = cut
-    if "classes" in meta:
-        meta["n_classes"] = len(meta["classes"])
-    return {**describe("encoder", "acc", tok, block_size, stats, skipped), **meta}
-
-def write_images(out, splits, classes):
-    """From {split: (images (n, size, size), labels)} to rows of pixels, and a picture of 16 to look at."""
-    images, labels = splits["train"]
-    need("matplotlib").use("Agg")
-    bare = {"xticks": [], "yticks": [], "frame_on": False}
-    figure, axes = need("matplotlib.pyplot").subplots(2, 8, figsize=(12, 3.6), layout="constrained",
-                                                      subplot_kw=bare)
-    for ax, image, label in zip(axes.flat, images, labels):
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        ax.set_title(classes[label])
-    figure.savefig(out / "samples.png", dpi=100)
-    size = images.shape[1]
-    for split, (images, labels) in splits.items():
-        splits[split] = images.reshape(-1, size * size).astype(np.uint16) + N_SPECIAL, labels
-    return write_labelled(out, {"kind": "pixels"}, splits, size * size, classes=classes, image=[size, size])
+    if classes:
+        meta.update(classes=classes, n_classes=len(classes))
+    return dict(arch=arch, metric="acc", tokenizer=tok, block_size=block_size, splits=stats, labels=kind,
+                **meta)
 
 # ---- the data sets: each writes its files into `out` and returns its share of meta.json ----
 EN = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -435,7 +378,8 @@ def de(n, one="eins"):  # 1 is "eins" at the end, "ein" before another number wo
     return de(head, "eine") + (" Million" if head == 1 else " Millionen") + (" " + de(rest) if rest else "")
 
 def numbers(out, seed=1337, rows=100_000):
-    """English number names to German: "twenty-one" to "einundzwanzig", so units and tens change places."""
+    """English number names to German: "twenty-one" to "einundzwanzig", so units and tens change places. Split
+    long: 500 numbers of 7 to 9 digits, beyond the trained range."""
     rng, held = np.random.default_rng(seed), np.zeros(10**6, bool)
     val, test = [], []
     for digits in (3, 4, 5, 6):  # below 100 nothing is held out: a word that was never seen cannot be guessed
@@ -460,8 +404,7 @@ def numbers(out, seed=1337, rows=100_000):
     splits = {"train": train, "val": val, "test": test, "long": far}
     for split, values in splits.items():
         splits[split] = [(en(n), de(n)) for n in map(int, values)]
-    return {**write_encdec(out, "exact", *tidy(splits), spec={"kind": "bytes"}, cap=np.inf),
-            "note": "split long: 500 numbers of 7 to 9 digits, beyond the trained range"}
+    return write_encdec(out, "exact", splits, {}, spec={"kind": "bytes"})
 
 STEMS = {"train": "train", "val": "validation", "test": "test"}  # what the hub calls them
 
@@ -469,23 +412,22 @@ STEMS = {"train": "train", "val": "validation", "test": "test"}  # what the hub 
 def multi30k(out, source=None, vocab_size=4000, rows=None, tokenizer_from=None):
     """Multi30k image captions, English to German; test is test_2016_flickr, raw and cased."""
     files = {split: f"{split}.jsonl" for split in ("train", "val", "test")}
-    splits, _ = hub(source, "bentrevett/multi30k", files, lambda row: (row["en"], row["de"]))
+    splits = hub(source, "bentrevett/multi30k", files, lambda row: (row["en"], row["de"]))
     return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows, tokenizer_from)
 
 def wmt16(out, source=None, vocab_size=16_000, rows=None, tokenizer_from=None):
     """WMT16, English to German."""
     files = {split: f"de-en/{stem}-*.parquet" for split, stem in STEMS.items()}
-    splits, _ = hub(source, "wmt/wmt16", files, lambda row: [row["translation"][x] for x in ("en", "de")])
+    splits = hub(source, "wmt/wmt16", files, lambda row: [row["translation"][x] for x in ("en", "de")])
     return write_encdec(out, "bleu", *tidy(splits), vocab_size, rows, tokenizer_from)
 
 def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None, tokenizer_from=None):
     """Your own two files whose lines belong together; the first is translated into the second."""
     paths, splits = source.split(","), {}
-    check(len(paths) in (2, 6), f"--source names {len(paths)} file(s): give train.en,train.de or these, "
-          "val.* and test.* (six)")
+    check(len(paths) in (2, 6), f"--source={source}: give train.en,train.de or these, val.* and test.* (six)")
     for split, a, b in zip(("train", "val", "test"), paths[::2], paths[1::2]):
         # not splitlines(): it also cuts at rare separators inside a row, and the two sides would drift apart
-        src, tgt = (read_text(path, empty=False).removesuffix("\n").split("\n") for path in (a, b))
+        src, tgt = (read_text(path).removesuffix("\n").split("\n") for path in (a, b))
         if len(src) != len(tgt):
             raise SystemExit(f"{a} has {len(src)} lines and {b} has {len(tgt)}: they seem to part near line "
                              f"{first_gap(src, tgt) + 1}")
@@ -495,22 +437,9 @@ def parallel(out, source, vocab_size=None, seed=1337, rows=None, held_out=None, 
     vocab_size = vocab_size or min(8000, 259 + letters // 1000)  # more are not learned
     return write_encdec(out, "bleu", splits, skipped, vocab_size, rows, tokenizer_from)
 
-def read_parts(source):
-    """{split: text}, or train alone where nothing says what val is."""
-    folder, paths = Path(source), source.split(",")
-    if folder.is_dir():
-        paths = sorted(filter(Path.is_file, folder.glob("*.txt")))
-        check(paths, f"{source} has no *.txt")
-        parts = {path.stem: path for path in paths if path.stem in ("train", "val", "test")}
-        if parts:
-            check("train" in parts and "val" in parts, f"{source} has only {', '.join(parts)} of train.txt "
-                  "and val.txt, which a folder that is split already needs")
-            return {split: read_text(path, empty=False) for split, path in parts.items()}
-    whole = "\n".join(map(read_text, paths))
-    check(whole.strip(), f"{source} is empty")
-    return {"train": whole}
-
 def cut_in_three(whole):
+    """90 % train, 5 % val, 5 % test, cut at line breaks, and how many lines left train as they stand in val
+    or test too. One of fewer than 20 characters, a name perhaps, may stand anywhere."""
     start, parts = 0, {}
     for split, percent in (("train", 90), ("val", 95), ("test", 100)):
         end = len(whole) * percent // 100
@@ -518,44 +447,37 @@ def cut_in_three(whole):
             end = whole.rfind("\n", max((start + end) // 2, end - 10_000), end) + 1 or end
         parts[split] = whole[start:end]
         start = end
-    return parts
+    held = {twin(line) for split in ("val", "test") for line in parts[split].splitlines()}
+    lines = parts["train"].splitlines(keepends=True)
+    kept = [line for line in lines if len(twin(line)) < 20 or twin(line) not in held]
+    return {**parts, "train": "".join(kept)}, len(lines) - len(kept)
 
 def text(out, source, tokenizer="gpt2", tokenizer_from=None):
-    """Any plain text, for a decoder: a file, files joined by commas, or a folder of *.txt; 90 % train, 5 %
-    val, 5 % test, in its order, cut at line breaks. A folder with train.txt and val.txt is split already."""
-    parts, tok, note = read_parts(source), Tokenizer(tokenizer_from or {"kind": tokenizer}), ""
-    split_already = "val" in parts
-    if not split_already:
-        parts = cut_in_three(parts["train"])
-    elif "test" not in parts:
-        parts["test"] = parts["val"]
-        note = "there is no test.txt: val stands for test too"
-    # a line of val or test leaves train; one of fewer than 20 characters, a name perhaps, may stand anywhere
-    held = set()
-    for split in ("val", "test"):
-        held.update(line for line in map(twin, parts[split].splitlines()) if len(line) >= 20)
-    lines = parts["train"].splitlines(keepends=True)
-    kept = [line for line in lines if twin(line) not in held]
-    twins, why = len(lines) - len(kept), "left out"
-    if split_already:
-        why = "kept, as the split is yours"
-    else:
-        parts["train"] = "".join(kept)
-    stats, sizes = {}, {}
+    """Any plain text, for a decoder: a file, files joined by commas, or a folder of *.txt, cut in three in
+    their order. A folder with train.txt, val.txt and test.txt is split already."""
+    tok = Tokenizer(tokenizer_from or {"kind": tokenizer})
+    paths, parts, twins = source.split(","), {}, 0
+    if Path(source).is_dir():
+        paths = sorted(Path(source).glob("*.txt"))
+        check(paths, f"{source} has no *.txt")
+        parts = {path.stem: read_text(path) for path in paths if path.stem in ("train", "val", "test")}
+        check(len(parts) in (0, 3), f"{source} has only {', '.join(parts)} of train, val and test.txt")
+    if not parts:
+        parts, twins = cut_in_three("\n".join(map(read_text, paths)))
+    sizes, stats = {}, {}
     for split in ("train", "val", "test"):
-        part = parts[split]
-        ids = np.concatenate(tok.encode_rows(pieces(part), split))
+        ids = np.concatenate(tok.encode_rows(pieces(parts[split]), split))
         check(len(ids) > 256, f"{source} is too short: its {split} split has {len(ids)} tokens and needs 257 "
-              f"({twins} lines of train stand in val or test, {why})")
+              f"({twins} lines of train, which stand in val or test, were left out)")
         ids.tofile(out / f"{split}.bin")
         if split == "train":
             seen = np.bincount(ids, minlength=tok.vocab_size)[N_SPECIAL:] + 1
         bits = -np.log2(seen / seen.sum())[ids - N_SPECIAL]
-        sizes[split] = len(part.encode("utf-8"))
+        sizes[split] = len(parts[split].encode("utf-8"))
         stats[split] = {"rows": 1, "tokens": len(ids), "longest": len(ids),
                         "trivial": {"token frequencies": float(bits.sum() / sizes[split])}}
-    skipped = {f"train: lines that stand in val or test, {why}": twins}
-    return {**describe("decoder", "bpb", tok, 256, stats, skipped), "bytes": sizes, "note": note}
+    return dict(arch="decoder", metric="bpb", tokenizer=tok, block_size=256, splits=stats, bytes=sizes,
+                skipped={"train: lines that stand in val or test, left out": twins})
 
 def bag_of_words(splits):
     """TF-IDF + logistic regression, from {split: (texts, labels)} to {split: accuracy}."""
@@ -568,41 +490,36 @@ def bag_of_words(splits):
     except (ImportError, ValueError):  # not installed; no words, or one class only
         return {}
 
-def write_texts(out, spec, splits, block_size, classes, min_len=0, skipped=()):
+def write_texts(out, spec, splits, block_size, classes, min_len=1, skipped={}):
     """From {split: [(text, label)]} to files, without the texts of fewer than min_len tokens."""
     tok, skipped, known, longest = Tokenizer(spec), dict(skipped), {}, 0
     for split, pairs in splits.items():
-        check(pairs, f"there is no row for {split}")
         texts = [plain(text) for text, _ in pairs]
         rows = tok.encode_rows(texts, split)
-        most = max(map(len, rows))
-        longest = max(longest, most)
         keep = [i for i, row in enumerate(rows) if len(row) >= min_len]
-        check(keep, f"no {split} document has {min_len} tokens, the longest has {most}: lower --min_len")
-        if min_len:
-            skipped[f"{split}: shorter than {min_len} tokens, left out"] = len(rows) - len(keep)
+        check(keep, f"no text of {split} has {min_len} tokens or more")
+        skipped[f"{split}: fewer than {min_len} tokens, left out"] = len(rows) - len(keep)
         labels = [pairs[i][1] for i in keep]
+        check(0 <= min(labels) <= max(labels) < len(classes), f"{split} has labels that are none of the "
+              f"{len(classes)} classes")
         splits[split] = [rows[i] for i in keep], labels
         known[split] = [texts[i] for i in keep], labels
-    block_size = min(block_size, longest // 8 * 8 + 8)
-    meta = write_labelled(out, tok.spec, splits, block_size, skipped, classes=classes)
+        longest = max(longest, *map(len, rows))
+    meta = write_labelled(out, tok, splits, min(block_size, longest // 8 * 8 + 8), classes, skipped=skipped)
     for split, accuracy in bag_of_words(known).items():
         meta["splits"][split]["trivial"]["TF-IDF + logistic regression"] = accuracy
     return meta
 
-def csv_rows(path, whole, columns):
-    lines = [line for line in whole.split("\n") if line.strip()]
-    head = lines[0]
-    delimiter = max(",;\t", key=head.count)
+def csv_rows(path, whole):
+    head, *lines = filter(str.strip, whole.split("\n"))
+    tabs = head.count("\t")
     quoting = csv.QUOTE_MINIMAL
-    if '"' not in head and all(line.count("\t") == head.count("\t") > 0 for line in lines):
+    if '"' not in head and tabs and all(line.count("\t") == tabs for line in lines):
         quoting = csv.QUOTE_NONE  # in a TSV whose lines are its rows a quotation mark is one of the text's
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(io.StringIO(whole, newline=""), delimiter=delimiter, quoting=quoting,
-                          skipinitialspace=True, strict=True)
+    rows = csv.DictReader(io.StringIO(whole, newline=""), delimiter=max(",;\t", key=head.count),
+                          quoting=quoting, skipinitialspace=True, strict=True)
     rows.fieldnames = [name.strip() for name in rows.fieldnames]
-    for column in columns:
-        check(rows.fieldnames.count(column) < 2, f"{path} has several columns {column}: rename all but one")
     for i, row in enumerate(rows, 1):
         fits = None not in row and None not in row.values()
         check(fits, f"{path}: row {i} has more or fewer fields than the first line names")
@@ -610,22 +527,17 @@ def csv_rows(path, whole, columns):
 
 def read_table(path, *columns):
     """Columns of a JSONL, CSV or TSV file, a list a row; which of these it is shows in its first line."""
-    whole = read_text(path, empty=False).lstrip("\r\n")
-    head = whole.split("\n")[0].strip()
-    check(head != "[" and not head.startswith("[{"), f"{path} is one JSON list: write a row a line instead, "
-          "as JSONL has them")
-    records = json_rows(whole) if head.startswith("{") else csv_rows(path, whole, columns)
+    whole = read_text(path).lstrip("\r\n")
+    check(whole.strip(), f"{path} is empty")
     rows = []
     try:
-        for row in records:
+        for row in json_rows(whole) if whole.startswith("{") else csv_rows(path, whole):
             rows.append([row.get(column) for column in columns])
-            nested = any(isinstance(value, (list, dict)) for value in rows[-1])
-            check(not nested, f"{path}: row {len(rows)} has a list in {' or '.join(columns)}: make it text")
     except (ValueError, AttributeError, RecursionError, csv.Error) as e:
         raise SystemExit(f"{path}: row {len(rows) + 1} cannot be read ({e})")
     for i, column in enumerate(columns):
-        check(any(plain(row[i]) for row in rows), f"{path} has no {column} in its rows, the first line is "
-              f"{head[:100]}: name the columns with --text= and --label=")
+        check(any(plain(row[i]) for row in rows), f"{path} has no {column} in its rows, it begins "
+              f"{whole[:100]!r}: name the columns with --text= and --label=, a row a line")
     return rows
 
 def table(out, source, text="text", label="label", tokenizer="bytes", tokenizer_from=None, seed=1337,
@@ -638,17 +550,16 @@ def table(out, source, text="text", label="label", tokenizer="bytes", tokenizer_
     splits, skipped = own(splits, seed, held_out)
     splits["train"] = splits["train"][:rows]
     trained = {name for _, name in splits["train"]}
-    classes = trained.union(name for split in ("val", "test") for _, name in splits[split])
-    classes = sorted(classes, key=lambda name: (name.isdigit() * len(name), name))  # 2 before 10
     check(1 < len(trained) <= max(2, len(splits["train"]) // 2), f"{len(trained)} different labels in "
           f"{len(splits['train'])} rows of train teach nothing: is --label={label} the right column?")
-    number = {name: i for i, name in enumerate(classes)}
+    classes = {name for pairs in splits.values() for _, name in pairs}
+    classes = sorted(classes, key=lambda name: (name.isdigit() * len(name), name))  # 2 before 10
     for split, pairs in splits.items():
-        splits[split] = [(words, number[name]) for words, name in pairs]
-    never = ", ".join(name for name in classes if name not in trained)
-    spec = tokenizer_from or {"kind": tokenizer}
-    return {**write_texts(out, spec, splits, 1024, classes, skipped=skipped),
-            "note": f"train has no row of the labels {never}" if never else ""}
+        splits[split] = [(words, classes.index(name)) for words, name in pairs]
+    if len(classes) > len(trained):
+        never = ", ".join(name for name in classes if name not in trained)
+        print(f"warning: train has no row of the labels {never}")
+    return write_texts(out, tokenizer_from or {"kind": tokenizer}, splits, 1024, classes, skipped=skipped)
 
 def labelled(row):
     return row["text"], int(row["label"])
@@ -656,20 +567,25 @@ def labelled(row):
 def imdb(out, source=None, seed=1337, rows=None, tokenizer="bytes", tokenizer_from=None):
     """IMDB reviews as bytes or GPT-2's BPE, negative or positive."""
     splits = hub_with_val(source, "stanfordnlp/imdb", labelled, seed, rows)
-    spec = tokenizer_from or {"kind": tokenizer}
-    return write_texts(out, spec, splits, 1024, ["negative", "positive"])
+    return write_texts(out, tokenizer_from or {"kind": tokenizer}, splits, 1024, ["negative", "positive"])
 
-def arxiv(out, source=None, rows=None, tokenizer="gpt2", tokenizer_from=None, min_len=0):
-    """Long papers of 11 arXiv categories (He et al. 2019). The no_ref rows are taken if they are there: the
-    others spell the class in the text. --min_len keeps the longest documents only (WERSA's ArXiv-128k)."""
-    places = "no_ref/S/*.parquet|no_ref/S*.parquet|default/S/*.parquet|*/S*.parquet|S*.parquet"
-    files = {split: places.replace("S", stem) for split, stem in STEMS.items()}
-    splits, names = hub(source, "ccdv/arxiv-classification", files, labelled, "refs/convert/parquet")
+def arxiv(out, source=None, rows=None, tokenizer="gpt2", tokenizer_from=None, min_len=1):
+    """Long papers of 11 arXiv categories (He et al. 2019), the no_ref rows, as the others spell the class in
+    the text. --min_len keeps the longest documents only (WERSA's ArXiv-128k)."""
+    files = {split: f"no_ref/{stem}/*.parquet" for split, stem in STEMS.items()}
+    splits = hub(source, "ccdv/arxiv-classification", files, labelled, revision="refs/convert/parquet")
     splits["train"] = splits["train"][:rows]
-    if not names:
-        most = max(label for pairs in splits.values() for _, label in pairs)
-        names = [str(c) for c in range(most + 1)]
-    return write_texts(out, tokenizer_from or {"kind": tokenizer}, splits, 4096, names, min_len)
+    classes = "math.AC cs.CV cs.AI cs.SY math.GR cs.CE cs.PL cs.IT cs.DS cs.NE math.ST".split()
+    return write_texts(out, tokenizer_from or {"kind": tokenizer}, splits, 4096, classes, min_len)
+
+def write_images(out, splits, classes):
+    """From {split: (images (n, size, size), labels)} to rows of pixels."""
+    for split, (images, labels) in splits.items():
+        pixels = np.array(images, np.uint16) + N_SPECIAL
+        size = pixels.shape[1]
+        splits[split] = pixels.reshape(-1, size * size), labels
+    tok = Tokenizer({"kind": "pixels"})
+    return write_labelled(out, tok, splits, size * size, classes, image=[size, size])
 
 def cifar10(out, source=None, seed=1337, rows=None):
     """CIFAR-10 as rows of 1,024 grey pixels, read line by line (Long Range Arena's Image)."""
@@ -678,88 +594,71 @@ def cifar10(out, source=None, seed=1337, rows=None):
         picture = image.open(io.BytesIO(row["img"]["bytes"]))
         return np.asarray(picture.convert("L").resize((32, 32)), np.uint8), int(row["label"])
     splits = hub_with_val(source, "uoft-cs/cifar10", get, seed, rows)
-    for split, pairs in splits.items():
-        images, labels = zip(*pairs)
-        splits[split] = np.array(images), np.array(labels)
+    splits = {split: tuple(zip(*pairs)) for split, pairs in splits.items()}
     return write_images(out, splits, "airplane automobile bird cat deer dog frog horse ship truck".split())
-
-OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]  # smallest, largest, median (rounded down), sum modulo 10
 
 def listops_row(draw, max_len, max_depth):
     """A nested list and its value; one that gets too long ends before its end. 0-9 are digits, 10-13 are
     operators, 14 is the closing bracket; draw() gives a number below 1."""
-    row, unfinished = bytearray(), []  # operators: which, how many arguments, those that are there
-    value = None
-    while len(row) < max_len:
-        depth = len(unfinished)
-        if depth == 0 or depth + 1 < max_depth and draw() < 0.25:
-            op, count = int(4 * draw()), 2 + int(9 * draw())
-            row.append(10 + op)
-            unfinished.append((op, count, []))
-            continue
-        value = int(10 * draw())
-        row.append(value)
-        while unfinished:  # each list that is complete now is an argument of the one around it
-            op, count, args = unfinished[-1]
-            args.append(value)
-            if len(args) < count:
-                break
-            unfinished.pop()
-            row.append(14)
-            args.sort()
-            median = (args[(count - 1) // 2] + args[count // 2]) // 2
-            value = (args[0], args[-1], median, sum(args) % 10)[op]
-        if not unfinished:
-            break
+    row = bytearray()
+    def grow(depth):
+        if len(row) >= max_len:
+            return 0
+        if depth > 1 and not (depth < max_depth and draw() < 0.25):
+            row.append(int(10 * draw()))
+            return row[-1]
+        op = int(4 * draw())
+        count = 2 + int(9 * draw())
+        row.append(10 + op)
+        args = sorted(grow(depth + 1) for _ in range(count))
+        row.append(14)
+        median = (args[(count - 1) // 2] + args[count // 2]) // 2
+        return (args[0], args[-1], median, sum(args) % 10)[op]
+    value = grow(1)
     return bytes(row), value
-
-def listops_rows(draw, count, min_len, max_len, max_depth, seen):
-    """count rows of min_len < tokens < max_len, none of them in seen, and their values."""
-    rows, values, idle = [], [], 0
-    with tqdm(total=count, desc="draw rows", unit="row", leave=False) as bar:
-        while len(rows) < count:
-            idle += 1
-            check(idle < 100_000, f"the grammar gives only {len(rows)} different rows of {min_len} to "
-                  f"{max_len} tokens with --max_depth={max_depth}: lower --min_len or --rows, or raise "
-                  "--max_len or --max_depth")
-            row, value = listops_row(draw, max_len, max_depth)
-            if min_len < len(row) < max_len and row not in seen:
-                idle = 0
-                seen.add(row)
-                rows.append(np.frombuffer(row, np.uint8) + N_SPECIAL)
-                values.append(value)
-                bar.update()
-    return rows, np.array(values)
 
 def listops(out, seed=1337, rows=96_000, min_len=500, max_len=2000, max_depth=10, test_rows=2000):
     """Nested lists of digits, what is their value? The grammar of Long Range Arena (arXiv 2011.04006): an
     argument is an operator with probability 1/4, of 2 to 10 arguments. Split long: twice as long."""
-    check(1 <= min_len < max_len and max_depth >= 2, f"--min_len={min_len}, --max_len={max_len}, --max_depth="
-          f"{max_depth}: a row needs 1 <= min_len < max_len, and a max_depth of at least 2")
+    check(1 <= min_len < max_len, "--min_len and --max_len: a row needs 1 <= min_len < max_len")
+    check(2 <= max_depth <= 100, "--max_depth must be 2 to 100")
     draw, seen, splits = random.Random(seed).random, set(), {}
-    for split, count in (("train", rows), ("val", max(1, min(2000, rows // 8))), ("test", test_rows)):
-        splits[split] = listops_rows(draw, count, min_len, max_len, max_depth, seen)
+    def fill(split, count, low, high):  # with so many rows of low < tokens < high, all different
+        found, values, idle = [], [], 0
+        with tqdm(total=count, desc=f"draw {split}", unit="row", leave=False) as bar:
+            while len(found) < count:
+                row, value = listops_row(draw, high, max_depth)
+                idle += 1
+                check(idle < 100_000, f"the grammar gives only {len(found)} different rows of {low} to "
+                      f"{high} tokens with --max_depth={max_depth}: ask for fewer, or for other lengths")
+                if low < len(row) < high and row not in seen:
+                    idle = 0
+                    seen.add(row)
+                    found.append(np.frombuffer(row, np.uint8) + N_SPECIAL)
+                    values.append(value)
+                    bar.update()
+        splits[split] = found, np.array(values)
+    fill("train", rows, min_len, max_len)
+    fill("val", max(1, min(2000, rows // 8)), min_len, max_len)
+    fill("test", test_rows, min_len, max_len)
     with contextlib.suppress(SystemExit):  # so shallow a tree may not get twice as long
-        splits["long"] = listops_rows(draw, -(-test_rows // 2), max_len, 2 * max_len, max_depth, seen)
+        fill("long", -(-test_rows // 2), max_len, 2 * max_len)
     digits = [str(d) for d in range(10)]
-    spec = {"kind": "words", "words": digits + OPERATORS + ["]"]}
-    meta = write_labelled(out, spec, splits, max_len, classes=digits)
+    spec = {"kind": "words", "words": [*digits, "[MIN", "[MAX", "[MED", "[SM", "]"]}
+    meta = write_labelled(out, Tokenizer(spec), splits, max_len, digits)
     # what the first operator alone tells: its most frequent value in train
-    roots = {split: np.array([row[0] for row in rows]) for split, (rows, _) in splits.items()}
-    answer = {}
-    for root in np.unique(roots["train"]):
-        values = splits["train"][1][roots["train"] == root]
-        answer[root] = np.bincount(values).argmax()
-    for split, (_, values) in splits.items():
-        right = [answer.get(root) == value for root, value in zip(roots[split], values)]
-        meta["splits"][split]["trivial"]["root operator"] = float(np.mean(right))
+    votes = np.zeros((20, 10))
+    for row, value in zip(*splits["train"]):
+        votes[row[0], value] += 1
+    for split, (rows, values) in splits.items():
+        guesses = votes.argmax(1)[[row[0] for row in rows]]
+        meta["splits"][split]["trivial"]["root operator"] = float((guesses == values).mean())
     return meta
 
 def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6, test_rows=2000):
     """A chain of signs told in any order: "b = - a ; a = + 1 ;", what is each letter? (arXiv 2206.04301.) In
     train and val only its first n_tr links are asked for, in test all; split long has twice the links."""
-    check(1 <= n_tr <= n_links <= 26, f"--n_tr={n_tr}, --n_links={n_links}: a chain needs 1 <= n_tr <= "
-          "n_links <= 26, a letter a link")
+    check(1 <= n_tr <= n_links <= 26, "--n_tr and --n_links: 1 <= n_tr <= n_links <= 26, a letter a link")
     rng, splits = np.random.default_rng(seed), {}
     words = [*"abcdefghijklmnopqrstuvwxyz=+-1;"]
     equals, plus, one, end = (words.index(word) for word in "=+1;")
@@ -780,15 +679,14 @@ def lego(out, seed=1337, rows=50_000, n_links=12, n_tr=6, test_rows=2000):
         splits[split] = []
         for values in (clauses + N_SPECIAL, label, group):  # told in another order
             splits[split].append(np.take_along_axis(values, order, 1).reshape(count, -1))
-    return write_labelled(out, {"kind": "words", "words": words}, splits, 5 * n_links, classes=["+1", "-1"],
-                          pool="token", groups="link", asked_every=5,
-                          note=f"train and val ask for the first {n_tr} of {n_links} links, test for all")
+    tok = Tokenizer({"kind": "words", "words": words})
+    return write_labelled(out, tok, splits, 5 * n_links, ["+1", "-1"], pool="token", groups="link",
+                          asked_every=5)
 
 def recall(out, seed=1337, rows=50_000, n_pairs=32, n_keys=128, test_rows=2000):
     """Multi-query associative recall (arXiv 2312.04927): "k7 v3 k1 v9 ...", then every key again, in any
     order, for its value. 1, 2, 4, ... n_pairs pairs a row; split long has 2 and 4 times n_pairs."""
-    check(1 <= n_pairs <= n_keys, f"--n_pairs={n_pairs}, --n_keys={n_keys}: needs 1 <= n_pairs <= n_keys, as "
-          "a key has one value")
+    check(1 <= n_pairs <= n_keys, "--n_pairs and --n_keys: 1 <= n_pairs <= n_keys, as a key has one value")
     rng, splits, chance = np.random.default_rng(seed), {}, {}
     powers = [2**i for i in range(n_pairs.bit_length())]
     cases = [("train", rows, powers), ("val", 1000, powers), ("test", test_rows, powers)]
@@ -807,7 +705,7 @@ def recall(out, seed=1337, rows=50_000, n_pairs=32, n_keys=128, test_rows=2000):
         splits[split] = ids, label, group
         chance[split] = float(count / pairs.sum())  # one of p values, p times a row
     spec = {"kind": "words", "words": [f"{letter}{i}" for letter in "kv" for i in range(n_keys)]}
-    meta = write_labelled(out, spec, splits, 4 * n_pairs, groups="pairs", arch="decoder")
+    meta = write_labelled(out, Tokenizer(spec), splits, 4 * n_pairs, arch="decoder", groups="pairs")
     for split in splits:
         meta["splits"][split]["trivial"] = {"a value of the row": chance[split]}
     return meta
@@ -931,35 +829,32 @@ def checksum(meta):  # of all of meta.json but itself
 
 def plausible(meta):
     """May train.py trust what a well-formed meta.json claims, whoever wrote it?"""
-    kinds = dict(name=str, arch=str, metric=str, dtype=str, vocab_size=int, block_size=int, tokenizer=dict,
-                 splits=dict, files=dict, skipped=dict, seconds=(int, float))
-    known = dict(arch=("encdec", "encoder", "decoder"), metric=("exact", "bleu", "bpb", "acc"),
-                 dtype=("uint16", "uint32"), bleu_tokenizer=("13a", "zh", "char", None))
-    fine = [isinstance(meta[key], kind) for key, kind in kinds.items()]
-    fine += [meta.get(key) in values for key, values in known.items()]
+    tok = Tokenizer(meta["tokenizer"])
+    fine = [meta["vocab_size"] == tok.vocab_size,
+            meta["dtype"] == tok.dtype.name,
+            1 <= meta["block_size"] <= 2**24,
+            meta["arch"] in ("encdec", "encoder", "decoder"),
+            meta["metric"] in ("exact", "bleu", "bpb", "acc"),
+            meta.get("bleu_tokenizer", "13a") in ("13a", "zh", "char"),
+            meta["arch"] != "encoder" or meta["n_classes"] == len(meta["classes"])]
     for split in {"train", "val", "test"} | meta["splits"].keys():
         s = meta["splits"][split]
-        fine.append(s["rows"] >= 1 and np.min(s["tokens"]) >= 1 and np.min(s["longest"]) >= 0)
-        fine.append(dict(s["trivial"]))
-    fine.append(1 <= meta["block_size"] <= 2**24)
-    fine.append(meta["vocab_size"] == Tokenizer(meta["tokenizer"]).vocab_size)
-    if meta["arch"] == "encoder":
-        fine.append(1 <= meta["n_classes"] == len(meta["classes"]))
+        fine.append(min(s["rows"], *np.ravel(s["tokens"]), *np.ravel(s["longest"])) >= 1)
+        fine.append(all(score >= 0 for score in s["trivial"].values()))
     return all(fine)
 
 def load_meta(folder):
     """meta.json of a data set whose files are all there and unchanged."""
-    folder, why = Path(folder), "has a damaged meta.json"
+    folder, why = Path(folder), "is damaged"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             why = f"has format {meta['format']} and this code reads {FORMAT}"
         elif meta["checksum"] == checksum(meta) and plausible(meta):
-            why = damage(folder, meta["files"])
-    except (FileNotFoundError, NotADirectoryError):
-        why = "holds no data set"
-    except OSError as e:
-        why = f"cannot be read ({e.strerror})"
+            bad = [name for name, (_, crc) in meta["files"].items() if crc32(folder / name) != crc]
+            why = f"is damaged, {bad[0]} is not what was written" if bad else None
+    except (FileNotFoundError, NotADirectoryError) as e:
+        why = f"is no whole data set, {e.filename} is missing"
     except Exception:  # as many as there are ways to be no meta.json
         pass
     flag = "dataset" if folder.name in DATASETS else "dataset=... --name"
@@ -967,34 +862,26 @@ def load_meta(folder):
           f"--data_dir={folder.parent} --force")
     return meta
 
-def damage(folder, files):  # what is wrong with the files {name: (size, crc32)}, or None
-    there = {path.name: path.stat().st_size for path in folder.iterdir()}
-    for name, (size, crc) in files.items():
-        if there.get(name) != size:
-            return f"is damaged, {name} is missing or has a wrong size"
-        if crc32(folder / name) != crc:
-            return f"is damaged, {name} has changed since it was written"
-
 def read_ragged(folder, stem, dtype, vocab_size=2**32):
     """Tokens and offsets, so that row i is tokens[offsets[i]:offsets[i + 1]]; without .idx all is one row."""
     path = Path(folder) / stem
     tokens = np.memmap(f"{path}.bin", dtype, "r")
-    there = os.path.exists(f"{path}.idx")
-    idx = np.memmap(f"{path}.idx", np.int64, "r") if there else np.array([0, len(tokens)])
-    starts = idx[0] == 0 and idx[-1] == len(tokens) and (np.diff(idx) >= 0).all()
-    check(starts, f"{path}.idx does not say where the rows of {path}.bin begin: prepare the data set again")
-    most = tokens.max()
-    check(most < vocab_size, f"{path}.bin has the id {most}, beyond its vocabulary of {vocab_size}: prepare "
-          "the data set again")
+    idx = np.array([0, len(tokens)])
+    if os.path.exists(f"{path}.idx"):
+        idx = np.memmap(f"{path}.idx", np.int64, "r")
+    fine = idx[0] == 0 and idx[-1] == len(tokens) and (np.diff(idx) >= 0).all() and tokens.max() < vocab_size
+    check(fine, f"{path}.idx does not say where rows begin, or {path}.bin has ids beyond its vocabulary of "
+          f"{vocab_size}: prepare the data set again")
     return tokens, idx
 
 def collate(rows, head=(), tail=(), fill=PAD, most=2**31):
     """Lists of ids -> (B, T) int64, each between head and tail, filled up to a multiple of 8, or most."""
     import torch  # here, as preparing needs none
-    n = max(len(row) for row in rows) + len(head) + len(tail)
+    rows = [[*head, *row, *tail] for row in rows]
+    n = max(map(len, rows))
     out = np.full((len(rows), max(n, min(n + -n % 8, most))), fill, dtype=np.int64)
     for i, row in enumerate(rows):
-        out[i, :len(head) + len(row) + len(tail)] = [*head, *row, *tail]
+        out[i, :len(row)] = row
     return torch.from_numpy(out)
 
 def open_split(folder, meta, split, T):
@@ -1016,19 +903,13 @@ class Rows:
         room = T - (self.arch != "encoder")  # for bos or eos
         self.lengths = [np.minimum(n, room) for n in whole]
         self.cut = int((np.maximum(whole[0], whole[-1]) > room).sum())
-        self.labels = self.groups = None
-        if self.kind:
-            self.labels = np.memmap(Path(folder) / f"{split}.label.bin", np.int32, "r")
-            most = meta["n_classes"] if self.arch == "encoder" else meta["vocab_size"]
-            check(-1 <= self.labels.min() <= self.labels.max() < most, f"{folder}/{split}.label.bin has "
-                  f"labels beyond the {most} known: prepare the data set again")
-        if "groups" in meta:
-            self.groups = np.memmap(Path(folder) / f"{split}.group.bin", np.int32, "r")
-        if self.kind is None:  # targets of each row
-            self.asked = self.lengths[-1] + 1
-        elif self.kind == "row":
+        path = Path(folder) / split
+        self.groups = np.memmap(f"{path}.group.bin", np.int32, "r") if "groups" in meta else None
+        self.labels = np.memmap(f"{path}.label.bin", np.int32, "r") if self.kind else None
+        self.asked = self.lengths[-1] + 1  # how many targets each row has
+        if self.kind == "row":
             self.asked = np.ones(len(self), dtype=int)
-        else:
+        elif self.kind == "token":
             before = np.r_[0, np.cumsum(self.labels >= 0)]
             begin = self.sides[0][1][:-1]
             self.asked = before[begin + self.lengths[0]] - before[begin]
@@ -1085,15 +966,15 @@ class Rows:
 
 class Stream:
     """One long text: training windows of T tokens anywhere, evaluation windows side by side."""
-    cut, groups, kind = 0, None, None
+    cut, groups = 0, None
 
     def __init__(self, folder, meta, split, T):
         self.T = self.per_row = T
         self.tokens, _ = read_ragged(folder, split, meta["dtype"], meta["vocab_size"])
-        self.lengths = [np.full(len(self), T)]
         n = len(self.tokens)
         check(n > T, f"{folder}/{split}.bin has {n} tokens, too few for windows of {T}: lower --block_size "
               "or --eval_block_size")
+        self.lengths = [np.full(len(self), T)]
 
     def __len__(self):
         return -(-(len(self.tokens) - 1) // self.T)
@@ -1130,33 +1011,27 @@ def macro_f1(guess, answer):
 def draw_curves(folders, path):
     """Runs laid over one another, one colour each, from the log.csv in their folders to a PNG."""
     from matplotlib.figure import Figure  # here, as training goes without it; of pyplot no state stays
-    from matplotlib.ticker import LogLocator
-    figure = Figure(figsize=(14, 4))
-    figure.subplots_adjust(left=0.04, right=0.98, bottom=0.13)
+    figure = Figure(figsize=(14, 4), layout="constrained")
     losses, metric, rate = figure.subplots(1, 3)
     losses.set(title="loss: thin in training, dots on val", yscale="log")
-    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     losses.yaxis.set_major_formatter("{x:g}")
-    losses.yaxis.set_minor_formatter("")
-    metric.set_title("metric on val")
-    rate.set_title("learning rate")
-    rate.ticklabel_format(axis="y", scilimits=(0, 0))
+    losses.yaxis.set_minor_formatter("{x:g}")
+    metric.set(title="metric on val")
+    rate.set(title="learning rate")
     for i, folder in enumerate(folders):
         text = read_text(os.path.join(folder, "log.csv"))
         text = text[:text.rfind("\n") + 1]  # the last line may be half written
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        name = Path(folder).resolve().name
-        for panel, column, style in ((losses, "nll", dict(linewidth=0.7, alpha=0.6)),
-                                     (losses, "val_loss", dict(marker="o", markersize=4, label=name)),
-                                     (metric, "val_metric", dict(marker="o", markersize=4)),
-                                     (rate, "lr", dict())):
+        rows = list(csv.DictReader(io.StringIO(text)))
+        for panel, column, style in ((losses, "nll", dict(linewidth=0.7)),
+                                     (losses, "val_loss", dict(marker="o")),
+                                     (metric, "val_metric", dict(marker="o")), (rate, "lr", dict())):
             there = [row for row in rows if row[column]]
             steps = [int(row["step"]) for row in there]
-            panel.plot(steps, [float(row[column]) for row in there], color=f"C{i}", **style)
-    for panel in (losses, metric, rate):
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
-    losses.legend()
+            values = [float(row[column]) for row in there]
+            panel.plot(steps, values, color=f"C{i}", label=Path(folder).resolve().name, **style)
+            panel.set_xlabel("step")
+            panel.grid(alpha=0.3)
+    rate.legend()
     with replacing(path, "wb") as f:
         figure.savefig(f, dpi=100, format="png")
 
@@ -1165,54 +1040,42 @@ def fingerprint(source):
     digest = hashlib.sha256()
     for name in source.split(","):
         path = Path(name)
-        check(name and path.exists(), f"--source: there is no {name or 'file without a name'}")
-        files = [path]
-        if path.is_dir():
-            files = []
-            for pattern in ("*.txt", "*.jsonl", "*/*.parquet", "*/*/*.parquet"):
-                files += sorted(filter(Path.is_file, path.glob(pattern)))
-        for file in files:
-            digest.update(file.read_bytes())
+        check(name and path.exists(), f"--source={source}: there is no file {name!r}")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file == path or file.suffix in (".txt", ".jsonl", ".parquet"):
+                digest.update(file.read_bytes())
     return digest.hexdigest()
-
-def sweep(folder):  # away with what killed runs left, but an old data set between two renames moves back
-    for old in folder.parent.glob(f"{folder.name}.tmp-*"):
-        if old.name.endswith("-old") and not folder.exists():
-            old.rename(folder)
-        elif old.is_dir():  # the lock is a file
-            shutil.rmtree(old, ignore_errors=True)
 
 @contextlib.contextmanager
 def alone(folder):
-    """Hold the place of a folder that is to be made, and sweep it before and after."""
+    """Hold the place of a folder that is to be made; before and after, away with what was left half done. An
+    old data set between two renames moves back."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     held = lock(f"{folder}.tmp-lock")
+    new, old = Path(f"{folder}.tmp-new"), Path(f"{folder}.tmp-old")
+    def sweep():
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
     try:
-        sweep(folder)
-        yield
+        sweep()
+        yield new, old
     finally:
-        sweep(folder)
-        Path(held.name).unlink(missing_ok=True)
+        sweep()
+        os.remove(held.name)
         held.close()
 
-def reused(folder):
-    """The tokenizer of a data set, for another one."""
-    spec = load_meta(folder)["tokenizer"]
-    check(spec["kind"] in ("bpe", "gpt2", "bytes"), f"--tokenizer_from={folder}: its tokenizer knows no "
-          f"text, only {spec['kind']} of its own")
-    return spec
-
-def prepare(dataset, data_dir="data", name=None, force=False, exact=False, **flags):
+def prepare(dataset, data_dir="data", name=None, force=False, **flags):
     """Makes data_dir/name unless it is there, and returns its path. A flag left at None means the default, or
-    what an existing folder was made with; exact compares an existing folder with the defaults too."""
-    if dataset not in DATASETS:
-        raise SystemExit(unknown("data set", dataset, DATASETS) + " One of your own is made by python "
-                         f"prepare_data.py --dataset=... --name={dataset}")
+    what an existing folder was made with."""
     name = name or dataset
-    check(name.replace("-", "").replace("_", "").isalnum(), f"--name={name} must be plain: letters, digits, "
-          "- and _")
-    check(name == dataset or name not in DATASETS, f"--name={name} is what another data set is called: "
-          "take a name of your own")
+    hint = unknown("data set", dataset, DATASETS)
+    check(dataset in DATASETS, f"--dataset: {hint} One of your own is made by python prepare_data.py "
+          f"--dataset=... --name={name}")
+    plain_name = name.replace("-", "").replace("_", "").isalnum()
+    check(plain_name and (name == dataset or name not in DATASETS), f"--name={name} must be a name of your "
+          "own, of letters, digits, - and _")
     given = {key: value for key, value in flags.items() if value is not None}
     _, *known = inspect.signature(DATASETS[dataset]).parameters.values()
     options = {p.name: given.get(p.name, p.default) for p in known}
@@ -1225,61 +1088,59 @@ def prepare(dataset, data_dir="data", name=None, force=False, exact=False, **fla
         if "tokenizer_from" in given:
             check(not given.keys() & {"tokenizer", "vocab_size"}, "--tokenizer_from brings its own "
                   "vocabulary: leave out --tokenizer and --vocab_size")
-            options["tokenizer_from"] = reused(given["tokenizer_from"])
-            settings["tokenizer_from"] = checksum(options["tokenizer_from"])
+            spec = load_meta(given["tokenizer_from"])["tokenizer"]
+            check(spec["kind"] in ("bpe", "gpt2", "bytes"), "--tokenizer_from: that data set's tokenizer "
+                  f"knows no text, only {spec['kind']} of its own")
+            options["tokenizer_from"] = spec
+            settings["tokenizer_from"] = checksum(spec)
         there = folder / "meta.json"
         if force or not there.exists() or any(folder.parent.glob(f"{name}.tmp-*")):
-            with alone(folder):
+            with alone(folder) as (new, old):
                 if force or not there.exists():
-                    return make(folder, dataset, options, settings)
+                    make(new, folder, dataset, options, settings)
+                    if folder.exists():
+                        folder.rename(old)
+                    new.rename(folder)
+                    return str(folder)
     except OSError as e:
         raise SystemExit(f"{folder} cannot be made: {e}")
     meta = load_meta(folder)
-    made_as = meta.get("dataset", name)
-    check(made_as == dataset, f"{folder} was made with --dataset={made_as}: --force replaces it")
-    for key, value in settings.items():
-        had = meta["settings"].get(key)
-        was = f"{key}={had}, not {value}"
-        if key in ("source", "tokenizer_from"):
-            was = f"another {key.split('_')[0]}"
-        if value != had and (key in given or exact and key != "source"):
+    made_with = {"dataset": meta.get("dataset", name), **meta["settings"]}
+    for key in ("dataset", *given):
+        had = made_with.get(key)
+        if had != {"dataset": dataset, **settings}.get(key):
+            was = f"another {key}" if key in ("source", "tokenizer_from") else f"--{key}={had}"
             raise SystemExit(f"{folder} was made with {was}: --force replaces it")
     print(f"{folder} is there already, made by: {meta['created_by']}")
     return str(folder)
 
-def make(folder, dataset, options, settings):
-    """Makes a data set beside its folder, which it replaces when all is there."""
-    name, started = folder.name, time.time()
-    tmp, old = (folder.with_name(f"{name}.tmp-{which}") for which in ("new", "old"))
+def make(tmp, folder, dataset, options, settings):
+    """Makes a data set in tmp, to replace folder when all is there."""
     check((folder / "meta.json").exists() or not folder.exists(), f"{folder} exists and is no data set of "
           "ours: move it away or choose another --data_dir")
-    files = "train.en,train.de" if dataset == "parallel" else "FILE"
-    check(options.get("source") is not inspect.Parameter.empty, f"{dataset} is made from your own: python "
-          f"prepare_data.py --dataset={dataset} --source={files}")
+    check(options.get("source") is not inspect.Parameter.empty, f"{dataset} is made from your own files: add "
+          "--source=FILE, or for parallel --source=train.en,train.de")
+    started = time.time()
     tmp.mkdir()
-    meta = {"format": FORMAT, "name": name, "dataset": dataset, "note": "",
-            **DATASETS[dataset](tmp, **options), "settings": settings,
+    made = DATASETS[dataset](tmp, **options)
+    tok = made.pop("tokenizer")
+    skipped = {reason: n for reason, n in made.pop("skipped", {}).items() if n}
+    meta = {"format": FORMAT, "name": folder.name, "dataset": dataset, **made, "vocab_size": tok.vocab_size,
+            "dtype": tok.dtype.name, "skipped": skipped, "settings": settings,
             "seconds": round(time.time() - started, 1),
-            "files": {p.name: [p.stat().st_size, crc32(p)] for p in sorted(tmp.iterdir())},
-            "created_by": "python " + shlex.join(sys.argv)}
-    meta["tokenizer"] = meta.pop("tokenizer")  # last, because a BPE fills thousands of lines
+            "files": {path.name: [path.stat().st_size, crc32(path)] for path in sorted(tmp.iterdir())},
+            "created_by": "python " + shlex.join(sys.argv),
+            "tokenizer": tok.spec}  # last, because a BPE fills thousands of lines
     with replacing(tmp / "meta.json") as f:
         json.dump(meta | {"checksum": checksum(meta)}, f, indent=1)
-    if folder.exists():
-        folder.rename(old)
-    tmp.rename(folder)
-    return str(folder)
 
 # ---- command line ----
 HABITS = {  # what other programs call a flag, and ours; of several the first that the script has
-    "learning_rate": "lr", "weight_decay": "wd", "min_lr": "lr_min end_lr", "grad_clip": "clip max_grad_norm",
-    "max_iters": "epochs num_epochs steps max_steps num_steps iters", "warmup_iters": "warmup_steps",
-    "batch_size": "batch bs", "gradient_accumulation_steps": "accum grad_accum accumulate_grad_batches",
-    "n_head": "heads num_heads nhead", "n_layer": "layers num_layers depth",
-    "n_embd": "d_model dim hidden hidden_size hidden_dim", "block_size": "seq_len max_length context_length",
-    "mixer": "model attention", "dtype=float16": "fp16 half amp precision", "dtype=bfloat16": "bf16",
-    "init_from": "checkpoint ckpt load load_from pretrained", "ckpt": "checkpoint load", "resume": "continue",
-    "out_dir": "out output_dir save_dir", "source": "file path input", "device": "cuda gpu",
+    "learning_rate": "lr", "weight_decay": "wd", "max_iters": "epochs num_epochs steps max_steps num_steps",
+    "batch_size": "batch bs", "n_head": "heads num_heads", "n_layer": "layers num_layers depth",
+    "n_embd": "d_model dim hidden_size hidden_dim", "block_size": "seq_len max_length context_length",
+    "dtype=float16": "fp16 half amp", "dtype=bfloat16": "bf16", "init_from": "checkpoint load pretrained",
+    "ckpt": "checkpoint load", "out_dir": "output_dir save_dir", "source": "file path input",
     "start": "prompt", "max_new_tokens": "max_tokens", "beam": "num_beams beam_size"}
 ELSEWHERE = {"wandb": "what a run logs is in out_dir/log.csv, drawn in curve.png",
              "gpus": "torchrun starts a process on each GPU, as python train.py --help shows"}
@@ -1313,19 +1174,15 @@ class Parser(argparse.ArgumentParser):
     def add(self, flag, type=str, help="", low=None, high=None, default=None, **kw):
         """A flag, its type, and the numbers that it takes, low..high."""
         words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-        def boolean(s):
-            if s.lower() not in words:
-                self.error(f"{flag}={s} must be True or False")
-            return words[s.lower()]
-        def number(s):
-            with contextlib.suppress(ValueError):
-                if low <= type(s) <= high:
-                    return type(s)
-            whole = "" if type is float else "whole "
-            self.error(f"{flag}={s} must be a {whole}number from {low:g} to {high:g}")
-        read = type if low is None else number
+        def read(text):
+            with contextlib.suppress(KeyError, ValueError):
+                value = words[text.lower()] if type is bool else type(text)
+                if low is None or low <= value <= high:
+                    return value
+            kind = {bool: "True or False", int: "a whole number"}.get(type, "a number")
+            limits = "" if low is None else f" from {low:g} to {high:g}"
+            self.error(f"{flag}={text} must be {kind}{limits}")
         if type is bool:
-            read = boolean
             kw.update(nargs="?", const=True, metavar="BOOL")
         if len("".join(kw.get("choices") or ())) > 40:
             kw["metavar"] = "NAME"
@@ -1360,9 +1217,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: " + " ".join(message.split()) + "\n")
 
-def summary(folder, meta, seconds):
-    sizes = f"vocab {meta['vocab_size']:,}, block_size {meta['block_size']}"
-    print(f"{folder}: {meta['arch']}, {sizes}, {seconds:.1f} s")
+def summary(folder, meta):
+    print(f"{folder}: {meta['arch']}, vocab {meta['vocab_size']:,}, block_size {meta['block_size']}, "
+          f"{meta['seconds']} s")
     for split, s in meta["splits"].items():
         tokens, longest = (" + ".join(f"{n:,}" for n in np.ravel(s[what])) for what in ("tokens", "longest"))
         print(f"  {split:5s} | rows {s['rows']:,} | tokens {tokens} | longest {longest}")
@@ -1373,56 +1230,44 @@ def summary(folder, meta, seconds):
     print("  trivial scores on test |", trivial)
     if test["rows"] < 100 and meta["arch"] != "decoder":
         print(f"  warning: test has only {test['rows']} rows, a score on so few means little")
-    if meta["note"]:
-        print(f"  {meta['note']}")
-    if meta["arch"] == "encdec":
-        first = [read_text(f"{folder}/test.{side}.txt").split("\n")[0] for side in ("src", "tgt")]
-        print("  test 0 |", " -> ".join(first))
-    elif os.path.exists(f"{folder}/samples.png"):
-        print(f"  16 images are drawn in {folder}/samples.png")
-    else:
-        stem = "train.src" if "labels" in meta else "train"
-        ids = np.fromfile(f"{folder}/{stem}.bin", dtype=meta["dtype"], count=64)
-        print(f"  train begins | {Tokenizer(meta['tokenizer']).decode(ids)[:100]!r}")
+    for stem in ("train", "train.src", "train.tgt"):
+        if f"{stem}.bin" in meta["files"] and "image" not in meta:
+            ids = np.fromfile(f"{folder}/{stem}.bin", dtype=meta["dtype"], count=64)
+            print(f"  {stem} begins | {Tokenizer(meta['tokenizer']).decode(ids)[:100]!r}")
 
 def main():
     parser = Parser(description=__doc__)
     parser.add("--dataset", default="numbers", help=", ".join(DATASETS))
     parser.add("--source", help="a file, files joined by commas, a folder of *.txt or in the hub's layout")
-    parser.add("--text", help="table: the column of the texts [text]")
-    parser.add("--label", help="table: the column of the labels [label]")
+    parser.add("--text", help="table: the texts' column [text]")
+    parser.add("--label", help="table: the labels' column [label]")
     parser.add("--data_dir", default="data", help="the data set is written to data_dir/NAME")
     parser.add("--name", help="a name of its own, instead of the data set's")
-    parser.add("--vocab_size", int, "ids of the trained BPE, special ones included", 1, 2**24)
     parser.add("--tokenizer", choices=["gpt2", "bytes"], help="text, arxiv [gpt2], table, imdb [bytes]")
     parser.add("--tokenizer_from", help="the folder of a data set whose tokenizer, a BPE too, is used again")
-    parser.add("--rows", int, "use only so many training rows", 1, 10**9)
-    held = "rows of each, val and test, where they are drawn from your rows [a tenth, at most 2,000]"
-    parser.add("--held_out", int, held, 1, 10**9)
     parser.add("--seed", int, "for what is drawn or shuffled [1337]", 0, 2**63)
-    shortest = "listops: a row is longer than so many tokens; arxiv: a document has at least as many"
-    parser.add("--min_len", int, shortest, 0, 2**24)
-    for flag, what in (
+    parser.add("--force", bool, "replace a data set made with other settings", default=False)
+    for flag, help in (
+            ("rows", "use only so many training rows"),
+            ("vocab_size", "ids of the trained BPE, special ones included"),
+            ("held_out", "rows of each, val and test, drawn from yours [a tenth, at most 2,000]"),
+            ("min_len", "listops: a row is longer than so many tokens; arxiv: a document at least as long"),
             ("max_len", "listops: and shorter than this"), ("max_depth", "listops: levels of nesting"),
             ("n_links", "lego: clauses of a row"), ("n_tr", "lego: links whose values are told in training"),
             ("n_pairs", "recall: the most pairs of a row"), ("n_keys", "recall: keys, and as many values"),
             ("test_rows", "listops, lego, recall: rows of test [2000], twice those of the longer split"),
             ("size", "pathfinder: width and height in pixels, 32 or 128")):
-        parser.add(f"--{flag}", int, what, 1, 2**24)
-    parser.add("--force", bool, "replace a data set made with other settings", default=False)
+        parser.add(f"--{flag}", int, help, 1, 2**30)
     args = parser.parse_args()
-    options, started = vars(args), time.time()
-    if args.dataset not in DATASETS:
-        parser.error(unknown("data set", args.dataset, DATASETS))
     try:
-        folder = prepare(**options, exact=True)
+        folder = prepare(**vars(args))
     except KeyboardInterrupt:
         print("\nstopped: nothing was changed", file=sys.stderr)
         sys.exit(130)
     except SystemExit as e:
         parser.error(e.code) if str(e.code).startswith("--") else sys.exit(e.code)
-    summary(folder, load_meta(folder), time.time() - started)
-    where = "" if args.data_dir == "data" else f" --data_dir={args.data_dir}"
+    summary(folder, load_meta(folder))
+    where = f" --data_dir={args.data_dir}" if "data_dir" in parser.given else ""
     print(f"next: python train.py --dataset={args.name or args.dataset}{where}")
 
 if __name__ == "__main__":
