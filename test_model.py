@@ -1,8 +1,9 @@
 """
-The promises of model.py, each held against something slow and obvious: PyWavelets, dense matrices, loops over t, the
-papers' formulas, finite differences. python -m pytest -q runs all of it, -n 2 in two processes, -k wersa a part.
-PyWavelets and hypothesis are wanted by a few tests, which are skipped without them. The comment at a test's head
-names wrong versions that it catches. A mixer that you add to MIXERS is taken up by every promise below.
+The promises of model.py, each held against something slow and obvious: PyWavelets, convolutions, the papers'
+formulas, finite differences; then the scripts, as a user runs them. python -m pytest -q runs all of it, -n 2
+in two processes, -k wersa a part. A few tests want PyWavelets and hypothesis, and are skipped without them. A
+comment at a test's head names wrong versions that it catches. A mixer that you add to MIXERS is taken up by
+every promise below.
 """
 
 import argparse
@@ -47,7 +48,8 @@ from model import ModelConfig, Wavelet, WaveletTransformer, build_cross, build_m
 from prepare_data import Tokenizer, de, en
 from sample import beam_search, draw, load_checkpoint, load_model, translate
 
-torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 pytestmark = pytest.mark.filterwarnings("ignore:decimated haar")
 each = pytest.mark.parametrize
 double = torch.float64
@@ -61,19 +63,22 @@ def lines(text):
     return [" ".join(line.split()) for line in text.replace("\n", "|").split("|") if line.strip()]
 
 VARIANTS = lines("""
-    attention | attention gate=0 pos=none | attention window=7 | attention window=1 gate=0 | attention pos=learned
-    haar gate=0 | haar wavelet=db2 | haar wavelet=db4 levels=3 | haar levels=0 | haar undecimated=decoder
-    haar undecimated=decoder wavelet=db2 levels=3 gate=0 | haar undecimated=yes levels=2
-    wavspa levels=2 | wavspa gate=0 wavspa_shared=0 levels=3 | wavspa levels=0 | wavspa undecimated=yes levels=2
-    wavspa window=5 | wavspa inner=wersa pos=none levels=3
+    attention | attention gate=0 pos=none | attention window=7 | attention window=1 gate=0
+    attention pos=learned | haar gate=0 | haar wavelet=db2 | haar wavelet=db4 levels=3 | haar levels=0
+    haar undecimated=yes levels=2 | haar undecimated=decoder
+    haar undecimated=decoder wavelet=db2 levels=3 gate=0
+    wavspa levels=2 | wavspa gate=0 wavspa_shared=0 levels=3 | wavspa levels=0 | wavspa window=5
+    wavspa undecimated=yes levels=2 | wavspa inner=wersa pos=none levels=3
     wavspa wavelet=db4 inner=wersa feature_map=exp wavspa_shared=0
     wersa | wersa gate=0 n_features=7 | wersa levels=0 | wersa feature_map=exp | wersa levels=3 wavelet=db2
-    wersa feature_map=exp levels=3 pos=none gate=0 | wersa undecimated=yes levels=3 | wersa wavelet=db4 gate=0""")
+    wersa feature_map=exp levels=3 pos=none gate=0 | wersa undecimated=yes levels=3
+    wersa wavelet=db4 gate=0""")
 for name, learned in product(("haar", "wavspa", "wersa"), PARAMS):
     VARIANTS.append(f"{name} wavelet_params={learned} levels=2")
     VARIANTS.append(f"{name} wavelet_params={learned} wavelet=db2 levels=2 undecimated=decoder gate=0")
-MIXED = lines("""attention | haar | haar gate=0 pos=learned | wavspa | wavspa wavelet_params=lift inner=wersa levels=2
-    wersa | wersa feature_map=exp | haar,attention | wersa,attention window=7 | haar,haar,attention n_layer=3""")
+MIXED = lines("""attention | haar | haar gate=0 pos=learned | wavspa
+    wavspa wavelet_params=lift inner=wersa levels=2 | wersa | wersa feature_map=exp
+    haar,attention | wersa,attention window=7 | haar,haar,attention n_layer=3""")
 for name in M.MIXERS:  # yours
     if name not in ("attention", "haar", "wavspa", "wersa", "fourier"):
         VARIANTS.append(name)
@@ -85,7 +90,7 @@ READERS = lines("""cross=attention | cross=attention pos=none cross_ratio=0.5
     cross=aligned levels=2 | cross=aligned cross_ratio=1.5 | cross=place cross_ratio=0.5 levels=2""")
 
 def config(text="", **kw):
-    """config("wersa levels=2", n_embd=8): the flags in text, overruled by the keywords, over something tiny."""
+    """config("wersa levels=2", n_embd=8): a tiny model, but for the flags in text and the keywords."""
     settings = dict(arch="encoder", vocab_size=13, block_size=64, n_head=2, n_embd=16)
     for word in text.split():
         key, _, value = word.rpartition("=")
@@ -127,7 +132,7 @@ SOURCE = tokens(2, 30, seed=0) * mask_of(30, 30, 11)
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
-    """wersa walks in small steps here, so that a short sequence has several; monkeypatch.undo() for the real ones."""
+    """wersa walks in small steps, several in a short sequence; monkeypatch.undo() for the real ones."""
     monkeypatch.setattr(M, "SEGMENT", 16)
     monkeypatch.setattr(M, "CHUNK", 4)
 
@@ -146,7 +151,7 @@ def same_gradients(module, y, want, tol):
         close(a, b, tol)
 
 def leaks(f, x):
-    """The prefixes t at which f(x)[:, :t] notices x[:, t:]: t if by a bit of its value, -t if by a gradient."""
+    """The prefixes t for which f(x)[:, :t] notices x[:, t:]: t if by a bit, -t if by a gradient."""
     y, found = f(x.requires_grad_()), set()
     for t in PREFIXES:
         dx, = torch.autograd.grad((y * torch.randn_like(y))[:, :t].sum(), x, retain_graph=True)
@@ -165,12 +170,9 @@ def in_chunks(step, x, state, cuts=CUTS):
         ys.append(y)  # no clone: a view of the state would change under us
     return torch.cat(ys, 1), state
 
-def chunked(m, x, state=None, cuts=CUTS):
-    state = m.init_state(len(x), x.device, x.dtype) if state is None else state
+def chunked(m, x, cuts=CUTS):
+    state = m.init_state(len(x), x.device, x.dtype)
     return in_chunks(lambda part, state: m(part, state=state), x, state, cuts)
-
-def size_of(state):
-    return sum(u.numel() for u in tree_leaves(state) if torch.is_tensor(u))
 
 # -----------------------------------------------------------------------------
 # wavelets
@@ -179,15 +181,17 @@ def size_of(state):
 @each("T", [1, 2, 3, 5, 16, 17, 24, 100, 255])
 @each("n", [1, 2, 3, 4, 9, 20])
 def test_reconstruction(n, T):
-    x = rand(2, T, 3, dtype=double)
-    for levels in range(math.ceil(math.log2(T)) + 1):
-        bands = dwt(x, daubechies(n), levels)
-        assert [b.size(1) for b in bands[1:]] == [-(-T // 2 ** l) for l in range(levels, 0, -1)]
-        close(idwt(bands, daubechies(n), T), x, 1e-12)
-        if T % 2 ** levels == 0:  # orthonormal
-            close(sum(b.square().sum() for b in bands), x.square().sum(), 1e-12)
+    x = rand(2, 1, T, 3, dtype=double).requires_grad_()
+    rotated = M.lattice(M.rotations(rand(n, 3, dtype=double)))[0]  # another filter for each channel
+    for h, levels in product((daubechies(n), rotated), range(math.ceil(math.log2(T)) + 1)):
+        bands = dwt(x, h, levels)
+        assert [b.size(2) for b in bands[1:]] == [-(-T // 2 ** l) for l in range(levels, 0, -1)]
+        close(idwt(bands, h, T), x, 1e-12)
+        if T % 2 ** levels == 0:  # orthonormal: the transpose, which a gradient takes, is the inverse
+            energy = sum(b.square().sum() for b in bands)
+            close(torch.autograd.grad(energy / 2, x)[0], x, 1e-12)
 
-# catches: a row that wraps at the batch's end, or reads padding; an inverse of lifted or rotated taps that is none
+# catches: a row that wraps at the batch's end, or reads padding; an inverse that is none
 @each("learned,n", [("fixed", 1), ("fixed", 2), ("fixed", 9), ("ortho", 1), ("ortho", 3),
                     ("lift", 1), ("lift", 2), ("lift", 4)])
 @each("levels", [1, 4])
@@ -223,7 +227,7 @@ def test_pywavelets(T):
             error = min((a[0, :, 0].roll(s) - b).abs().max() for s in shifts)
             assert error < 1e-10, f"{name}, {levels} levels"
 
-# catches: a float64 too short (1e-6 off at n = 20), the maximum-phase twin, a lattice peeled in the wrong order
+# catches: a float64 too short, the maximum-phase twin, a lattice peeled in the wrong order
 @each("n", range(1, 21))
 def test_filters(n):
     low = daubechies(n)
@@ -266,14 +270,6 @@ def test_lifting():
     low = low + u1 * high
     close(M.lifting(steps)[0, ..., 0], torch.stack((low, high)), 1e-12)
 
-# catches: a transform along the batch, one filter for all channels, a detach
-def test_dwt_takes():
-    assert dwt(rand(2, 3, 16, 4), "db2", 2)[0].shape == (2, 3, 4, 4)
-    x = rand(2, 16, 3, dtype=double)
-    h = M.lattice(M.rotations(rand(2, 3, dtype=double)))[0]  # another filter for each channel
-    close(idwt(dwt(x, h), h, 16), x, 1e-12)
-    assert torch.autograd.gradcheck(lambda x: tuple(dwt(x, "db2", 2)), x[:1, :7].clone().requires_grad_())
-
 # catches: integers that become zeros, a transform along the batch, an inverse that is none
 def test_dwt_refuses():
     x = rand(2, 16, 3)
@@ -311,8 +307,7 @@ def test_leaks_are_caught():
     found = leaks(mixer("haar undecimated=no gate=0"), rand(2, 65, 16))
     assert found == {s * t for t in PREFIXES for s in (1, -1)}
 
-# catches: outputs that are views of a buffer, a state kept in the module or written in place, positions off by one,
-# a filter's past cut short, a gradient lost between chunks
+# catches: a view of a buffer, a state written in place, a position off by one, a lost gradient
 @each("text", VARIANTS)
 def test_chunks(text):
     m, x = mixer(text), rand(2, 65, 16)
@@ -335,16 +330,17 @@ def test_chunks(text):
 def test_size_of_state(text):
     m = mixer(text)
     plain = m.mixer if isinstance(m, M.Gated) else m
-    for T in (10, 100):
+    for T in (1, 10, 100):
         _, state = chunked(m, rand(1, T, 16), cuts=(T,))
         for u in tree_leaves(state):
             assert not torch.is_tensor(u) or u.untyped_storage().nbytes() == u.numel() * u.element_size()
-        if type(plain) in (M.Haar, M.Wersa):  # as many numbers as README says, whatever T
-            reach = plain.wavelet.reach * (2 ** plain.L - 1)
-            m_dh = plain.R.size(1) * 2 * 9 if type(plain) is M.Wersa else 0
-            assert size_of(state) == (reach * 32 + 16 + m_dh if m_dh else reach * 16)
+        numbers = sum(u.numel() for u in tree_leaves(state) if torch.is_tensor(u))
         if type(plain) is M.Attention and plain.window > 0:
-            assert size_of(state) == 2 * 16 * (plain.window - 1)
+            assert numbers == min(T, plain.window - 1) * 2 * 16
+        elif type(plain) in (M.Haar, M.Wersa):  # whatever T
+            rows = plain.wavelet.reach * (2 ** plain.L - 1)
+            sums = 16 + 2 * plain.R.size(1) * 9 if type(plain) is M.Wersa else 0
+            assert numbers == rows * plain.wavelet.C + sums
 
 # catches: means over padding, a wrap into padding, masked keys that weigh, the NaN of a softmax over nothing
 @each("text,causal", ENCODERS)
@@ -492,9 +488,9 @@ def test_a_long_source_in_half_precision(kind, dtype):
     cross = build_cross(ModelConfig(mixer="haar", cross=kind, n_embd=16, block_size=24_000))
     assert error_in(dtype, cross.to(dtype), rand(1, 50, 16), rand(1, 24_000, 16) + 6) < 0.005
 
-HALF = [*product(lines("attention | haar gate=0 | wersa | wersa feature_map=exp | wavspa levels=4"), BOTH, [4096]),
-        ("haar undecimated=no gate=0", False, 4096),
-        *product(lines("haar gate=0 | wersa | wersa levels=0"), BOTH, [65_536])]
+HALF = [*product(lines("attention | haar gate=0 | wersa | wersa feature_map=exp | wavspa levels=4"),
+                 BOTH, [4096]), ("haar undecimated=no gate=0", False, 4096),
+        *product(("haar gate=0", "wersa", "wersa levels=0"), BOTH, [65_536])]
 
 # catches: a sum over T in float16 (4096 tokens around 6 overflow it) or bfloat16 (it stalls at 256)
 @each("text,causal,T", HALF)
@@ -546,14 +542,14 @@ def test_linear_memory(text, monkeypatch):
 # every mixer: a slow twin
 
 def turned(u, places):
-    """RoFormer's rotary on u (..., T, dh): channels i and i + dh/2 are a complex number, turned by its place."""
+    """RoFormer's rotary on u (..., T, dh): channels i and i + dh/2 are a complex number, turned by place."""
     n = u.size(-1) // 2
     angle = places[:, None] * 10000 ** (-torch.arange(n) / n)  # in float32, as the model's
     z = torch.complex(u[..., :n], u[..., n:]) * torch.complex(angle.cos(), angle.sin())
     return torch.cat((z.real, z.imag), -1)
 
 def convolved(a, taps, step=1, ahead=0, stride=1):
-    """torch's convolution of a (B, T, C) with taps (F, C or 1) that stand `step` apart, the last at t + ahead."""
+    """torch's convolution of a (B, T, C) with taps (F, C or 1), `step` apart, the last at t + ahead."""
     C, reach = a.size(2), (len(taps) - 1) * step
     a = F.pad(a.mT, (reach - ahead, ahead))
     return F.conv1d(a, taps.expand(-1, C).T[:, None], stride=stride, dilation=step, groups=C).mT
@@ -689,26 +685,32 @@ def read_around(m, x, memory):
     """The same of aligned and place: tokens around place t * ratio, then the means of ever larger blocks."""
     kv, rows = m.c_kv(memory).unflatten(-1, (-1, 2, 8)), []  # (S, k and v, H, dh)
     for t, x_t in enumerate(x):
-        at, scores, values = min(int(t * m.ratio), len(memory) - 1), [], []
+        at = min(int(t * m.ratio), len(memory) - 1)
         by_place = iter(m.place(x_t).view(2, -1).unbind(1))
+        scores, values = [], []
         for l, w in enumerate(m.reach):
             for block in range((at >> l) - w, (at >> l) + w + 1):
-                score, members = next(by_place), kv[max(block << l, 0):max((block + 1) << l, 0)]
-                if len(members) > 0:
-                    mean = members.mean(0)
-                    values.append(mean[-1])
-                    scores.append(score if m.c_q is None else score + (m.c_q(x_t).view(2, 8) * mean[0]).sum(-1) / math.sqrt(8))
+                score = next(by_place)
+                members = kv[max(block << l, 0):max((block + 1) << l, 0)]
+                if len(members) == 0:
+                    continue
+                if m.c_q is not None:
+                    q, k = m.c_q(x_t).view(2, 8), members[:, 0].mean(0)
+                    score = score + (q * k).sum(-1) / math.sqrt(8)
+                scores.append(score)
+                values.append(members[:, -1].mean(0))
         weights = torch.stack(scores).softmax(0)
         rows.append((weights[..., None] * torch.stack(values)).sum(0).flatten())
     return torch.stack(rows)
 
-# catches: source padding that is read, targets that see each other, a read at the wrong place, slots shifted
-# within a chunk, an edge block taken for real, a wider reach, a weight never used
+# catches: source padding that is read, slots shifted within a chunk, an edge block taken for real
 @each("text", READERS)
 def test_cross_loop(text):
     m = shaken(build_cross, text).double()
-    x, memory, mask = rand(2, 70, 16, dtype=double), rand(2, 33, 16, seed=2, dtype=double), mask_of(33, 33, 11)
-    y, slow = m(x, memory, mask), read_around if isinstance(m, M.Aligned) else read_all
+    x, memory = rand(2, 70, 16, dtype=double), rand(2, 33, 16, seed=2, dtype=double)
+    mask = mask_of(33, 33, 11)
+    y = m(x, memory, mask)
+    slow = read_around if isinstance(m, M.Aligned) else read_all
     for b in range(2):
         close(y[b], m.c_proj(slow(m, x[b], memory[b, mask[b]])), 1e-6)
     close(m(x[1:], memory[1:, :11]), y[1:])
@@ -724,8 +726,8 @@ def test_cross_loop(text):
 # catches: a leak between blocks, a chunk that forgets its position, a source whose padding counts
 @each("text,cross", [*product(MIXED, (None, "auto")), *product(["haar,attention"], M.CROSSES)])
 def test_decoder(text, cross):
-    m, idx = transformer(text, "encdec" if cross else "decoder", cross=cross or "auto", block_size=65), tokens(2, 65)
-    src = SOURCE if cross else None
+    arch, src = ("encdec", SOURCE) if cross else ("decoder", None)
+    m, idx = transformer(text, arch, cross=cross or "auto", block_size=65), tokens(2, 65)
     logits = m(idx, src=src)[0]
     for t in PREFIXES:
         other = torch.cat((idx[:, :t], tokens(2, 65 - t, seed=t)), 1)
@@ -735,7 +737,7 @@ def test_decoder(text, cross):
     if cross:
         close(m(idx, src=F.pad(src, (0, 5)))[0], logits)
         close(m(idx[1:], src=src[1:, :11])[0], logits[1:])
-        assert (m(idx, src=tokens(2, 30, seed=9))[0] - logits).abs().max() > 1e-3  # and it does read the source
+        assert (m(idx, src=tokens(2, 30, seed=9))[0] - logits).abs().max() > 1e-3  # it is read
 
 # catches: a state one token behind, dropout left on, a prompt not fed
 @each("text,arch", [*product(MIXED, ["decoder", "encdec"])])
@@ -756,7 +758,8 @@ def test_generate_rows_of_unequal_length(text):
     out = m.generate(prompts, 8, temperature=0)
     assert out.shape == (4, 17)
     for row, prompt, n in zip(out, prompts, lengths):
-        assert torch.equal(row[:n + 8], m.generate(prompt[None, :n], 8, temperature=0)[0]) and not row[n + 8:].any()
+        alone = m.generate(prompt[None, :n], 8, temperature=0)[0]
+        assert torch.equal(row[:n + 8], alone) and not row[n + 8:].any()
     with pytest.raises(ValueError, match="pad on the right"):
         m.generate(prompts.flip(1), 2)
 
@@ -862,10 +865,12 @@ def test_dropout_acts_at_the_same_places(text):
     wavspa wavelet_params=lift inner=wersa | wersa feature_map=exp | haar,attention"""))
 def test_parameters(text):
     torch.manual_seed(0)
-    m, other = (WaveletTransformer(config(text, arch="encdec", cross="wersa", block_size=32)) for _ in range(2))
+    cfg = config(text, arch="encdec", cross="wersa", block_size=32)
+    m, other = WaveletTransformer(cfg), WaveletTransformer(cfg)
     optimizer = m.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     decayed, rest = ([id(p) for p in group["params"]] for group in optimizer.param_groups)
-    assert sorted(decayed + rest) == sorted(id(p) for p in m.parameters()) and m.lm_head.weight is m.wte.weight
+    assert sorted(decayed + rest) == sorted(id(p) for p in m.parameters())
+    assert m.lm_head.weight is m.wte.weight
     for name, p in m.named_parameters():
         assert (id(p) in decayed) == (p.dim() == 2 and name.endswith(".weight")), name
         if name.endswith("taps"):
@@ -899,13 +904,13 @@ def test_overfits_one_batch(text):
         optimizer.step()
     assert False, f"loss {loss}"
 
-GRAPHS = {("wersa", "encdec"): 3, ("haar undecimated=decoder", "encdec"): 3,
-          ("wavspa wavelet_params=lift inner=wersa levels=2", "encoder"): 3}  # two halvings: one more
+LAYERS = lines("""attention | haar | wavspa | wavspa wavelet_params=lift inner=wersa levels=2 | wersa
+    haar,attention""")
 
 # catches: a graph for each length, a break, a Python number read from a tensor
-@each("text,arch", [*product(MIXED, ("encoder", "decoder")), ("fourier", "encoder"),
-                    *product(("wersa", "attention", "haar", "attention cross=place levels=3"), ["encdec"]),
-                    ("haar undecimated=no", "encoder"), ("haar undecimated=decoder", "encdec")])
+@each("text,arch", [*product(LAYERS, ("encoder", "decoder")), *product(("haar", "wersa"), ["encdec"]),
+                    *product(("fourier", "wersa feature_map=exp", "haar undecimated=no"), ["encoder"]),
+                    *product(("attention", "attention cross=place levels=3"), ["encdec"])])
 def test_one_graph_for_all_lengths(text, arch, monkeypatch):
     monkeypatch.undo()
     torch._dynamo.reset()
@@ -920,7 +925,8 @@ def test_one_graph_for_all_lengths(text, arch, monkeypatch):
         labels = tokens(2 + i % 2, seed=3, high=2)
         args = dict(encdec=(idx, idx, src), encoder=(idx, labels), decoder=(idx, idx))[arch]
         run(*args)[1].backward()
-    assert len(graphs) <= GRAPHS.get((text, arch), 2), f"{len(graphs)} graphs for ten lengths"
+    special = text == "wersa" and arch == "encdec" or "lift" in text and arch == "encoder"  # two halvings
+    assert len(graphs) <= (3 if special else 2), f"{len(graphs)} graphs for ten lengths"
 
 # -----------------------------------------------------------------------------
 # a mixer of a reader's own: these ten lines are README's, and pass the promises
@@ -958,12 +964,12 @@ def test_a_readers_mixer(monkeypatch):
 # -----------------------------------------------------------------------------
 # settings
 
-BAD = """n_embd=15 n_embd=0 n_head=0 n_layer=0 block_size=0 vocab_size=0 n_classes=0 levels=-2 levels=8 n_features=-1
-    window=-1 dropout=1 dropout=-0.1 dropout=nan label_smoothing=1 cross_ratio=0 cross_ratio=nan arch=decodr
-    mixer=mamba mixer=haar,mamba mixer=fourier;arch=decoder mixer=fourier;arch=encdec mixer=haar,fourier;arch=decoder
-    inner=fourier;arch=decoder undecimated=no;arch=decoder;mixer=wersa undecimated=no;arch=encdec;mixer=wavspa
-    inner=wavspa cross=haar wavelet=db21 wavelet=db1 wavelet_params=conv undecimated=maybe pos=alibi feature_map=elu
-    pool=max"""
+BAD = """n_embd=15 n_embd=0 n_head=0 n_layer=0 block_size=0 vocab_size=0 n_classes=0 levels=-2 levels=8
+    n_features=-1 window=-1 dropout=1 dropout=-0.1 dropout=nan label_smoothing=1 cross_ratio=0 cross_ratio=nan
+    arch=decodr mixer=mamba mixer=haar,mamba inner=wavspa cross=haar wavelet=db21 wavelet=db1 pool=max
+    pos=alibi wavelet_params=conv undecimated=maybe feature_map=elu mixer=fourier;arch=decoder mixer=fourier;arch=encdec
+    mixer=haar,fourier;arch=decoder inner=fourier;arch=decoder undecimated=no;arch=decoder;mixer=wersa
+    undecimated=no;arch=encdec;mixer=wavspa"""
 
 # catches: an assertion or an index error deep inside, a sentence that names no flag
 @each("text", BAD.split())
@@ -979,7 +985,7 @@ def test_bad_calls():
     bad = [
         ("--dropout", lambda: WaveletTransformer(late)),
         ("--mixer=fourier cannot be causal", lambda: build_mixer(config("fourier"), causal=True)),
-        ("no causal form", lambda: build_mixer(config("wavspa undecimated=no"), causal=True)),  # it would leak
+        ("no causal form", lambda: build_mixer(config("wavspa undecimated=no"), causal=True)),
         ("--undecimated=no has", lambda: build_mixer(config("wersa undecimated=no"), causal=True)),
         ("src=", lambda: encdec(tokens(2, 4))),
         ("with --arch", lambda: m(tokens(2, 4), src=SOURCE)),
