@@ -559,18 +559,19 @@ def convolved(a, taps, step=1, ahead=0, stride=1):
 @each("wavelet", ["haar", "db2"])
 @each("T", [1, 5, 16, 21, 40])
 def test_haar_loop(form, wavelet, T):
-    block, undecimated = form == "block", "no" if form == "block" else "yes"
-    m = mixer(f"haar gate=0 wavelet={wavelet} undecimated={undecimated} levels=4", form == "causal").double()
-    x, bands = rand(2, T, 16, dtype=double), []
+    block = form == "block"
+    text = f"haar gate=0 levels=4 wavelet={wavelet} undecimated={'no' if block else 'yes'}"
+    m, x, bands = mixer(text, form == "causal").double(), rand(2, T, 16, dtype=double), []
     a, want = x, torch.zeros_like(x)
     for l in range(4):
         low, high = m.wavelet.filters(l)
-        step = 1 if block else 2 ** l
-        ahead = {"block": len(low) // 2, "centred": ((len(low) - 1) * step + 1) // 2, "causal": 0}[form]
-        bands.append(convolved(a, high, step, ahead, 2 if block else 1))
-        a = convolved(a, low, step, ahead, 2 if block else 1)
+        step, stride = (1, 2) if block else (2 ** l, 1)
+        reach = (len(low) - 1) * step
+        ahead = {"block": len(low) // 2, "centred": (reach + 1) // 2, "causal": 0}[form]
+        bands.append(convolved(a, high, step, ahead, stride))
+        a = convolved(a, low, step, ahead, stride)
     for l, band in enumerate([*bands, a]):
-        span = 2 ** min(l + 1, 4)  # tokens of a coefficient; either half of them has a weight
+        span = 2 ** min(l + 1, 4)  # tokens of a block's coefficient; either half of them has a weight
         for t in range(T):
             half = t // (span // 2) % 2 if block else 0
             want[:, t] += m.weight[l, half] * band[:, t // span if block else t]
@@ -635,8 +636,7 @@ def causal_bands(w, a):
         a = average
     return [a, *details]
 
-# catches: gains from the whole mean, bands of the wrong span, two different R, a missing stabiliser,
-# a chunk that forgets its own tokens, a segment's gradient lost
+# catches: gains from the whole mean, bands of the wrong span, two different R, a chunk that forgets itself
 @each("text,causal", [*product(lines("""wersa | wersa levels=0 pos=none | wersa feature_map=exp levels=3
     wersa wavelet=db2 wavelet_params=ortho"""), BOTH)])
 @each("T", [1, 16, 37])
@@ -904,13 +904,13 @@ def test_overfits_one_batch(text):
         optimizer.step()
     assert False, f"loss {loss}"
 
-LAYERS = lines("""attention | haar | wavspa | wavspa wavelet_params=lift inner=wersa levels=2 | wersa
-    haar,attention""")
+LAYERS = {"encoder": lines("""attention | haar | haar undecimated=no | wavspa | wersa | haar,attention | fourier
+              wavspa wavelet_params=lift inner=wersa levels=2"""),
+          "decoder": lines("attention | haar | wavspa | wersa | haar,attention"),
+          "encdec": lines("attention | attention cross=place levels=3 | haar | wersa")}
 
 # catches: a graph for each length, a break, a Python number read from a tensor
-@each("text,arch", [*product(LAYERS, ("encoder", "decoder")), *product(("haar", "wersa"), ["encdec"]),
-                    *product(("fourier", "wersa feature_map=exp", "haar undecimated=no"), ["encoder"]),
-                    *product(("attention", "attention cross=place levels=3"), ["encdec"])])
+@each("text,arch", [(text, arch) for arch, texts in LAYERS.items() for text in texts])
 def test_one_graph_for_all_lengths(text, arch, monkeypatch):
     monkeypatch.undo()
     torch._dynamo.reset()
@@ -925,8 +925,8 @@ def test_one_graph_for_all_lengths(text, arch, monkeypatch):
         labels = tokens(2 + i % 2, seed=3, high=2)
         args = dict(encdec=(idx, idx, src), encoder=(idx, labels), decoder=(idx, idx))[arch]
         run(*args)[1].backward()
-    special = text == "wersa" and arch == "encdec" or "lift" in text and arch == "encoder"  # two halvings
-    assert len(graphs) <= (3 if special else 2), f"{len(graphs)} graphs for ten lengths"
+    halved_twice = text == LAYERS["encoder"][-1] or text + arch == "wersaencdec"
+    assert len(graphs) <= (3 if halved_twice else 2), f"{len(graphs)} graphs for ten lengths"
 
 # -----------------------------------------------------------------------------
 # a mixer of a reader's own: these ten lines are README's, and pass the promises
@@ -967,9 +967,9 @@ def test_a_readers_mixer(monkeypatch):
 BAD = """n_embd=15 n_embd=0 n_head=0 n_layer=0 block_size=0 vocab_size=0 n_classes=0 levels=-2 levels=8
     n_features=-1 window=-1 dropout=1 dropout=-0.1 dropout=nan label_smoothing=1 cross_ratio=0 cross_ratio=nan
     arch=decodr mixer=mamba mixer=haar,mamba inner=wavspa cross=haar wavelet=db21 wavelet=db1 pool=max
-    pos=alibi wavelet_params=conv undecimated=maybe feature_map=elu mixer=fourier;arch=decoder mixer=fourier;arch=encdec
-    mixer=haar,fourier;arch=decoder inner=fourier;arch=decoder undecimated=no;arch=decoder;mixer=wersa
-    undecimated=no;arch=encdec;mixer=wavspa"""
+    pos=alibi wavelet_params=conv undecimated=maybe feature_map=elu mixer=fourier;arch=decoder
+    mixer=fourier;arch=encdec mixer=haar,fourier;arch=decoder inner=fourier;arch=decoder
+    undecimated=no;arch=decoder;mixer=wersa undecimated=no;arch=encdec;mixer=wavspa"""
 
 # catches: an assertion or an index error deep inside, a sentence that names no flag
 @each("text", BAD.split())
