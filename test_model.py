@@ -85,7 +85,7 @@ for name in M.MIXERS:  # yours
         MIXED.append(name)
 ENCODERS = [*product(VARIANTS, BOTH), ("fourier", False), ("wavspa inner=fourier", False),
             ("haar undecimated=no levels=6", False), ("wavspa undecimated=no levels=3", False)]
-READERS = lines("""cross=attention | cross=attention pos=none cross_ratio=0.5
+READERS = lines("""cross=attention cross_ratio=0.5 | cross=attention pos=none
     cross=wersa | cross=wersa feature_map=exp cross_ratio=0.5
     cross=aligned levels=2 | cross=aligned cross_ratio=1.5 | cross=place cross_ratio=0.5 levels=2""")
 
@@ -850,6 +850,7 @@ def test_loss(pad):
     for smoothing in (0, 0.2):
         logits, loss = m.train(smoothing > 0)(tokens(2, 10), targets, src)
         close(loss, F.cross_entropy(logits[counted], targets[counted], label_smoothing=smoothing), 1e-6)
+    close(m(tokens(2, 10), src=F.pad(src, (0, 5), value=pad))[0], logits)
 
 # catches: dropout in attention weights, which other mixers have not
 @each("text", MIXED)
@@ -904,8 +905,8 @@ def test_overfits_one_batch(text):
         optimizer.step()
     assert False, f"loss {loss}"
 
-LAYERS = {"encoder": lines("""attention | haar | haar undecimated=no | wavspa | wersa | haar,attention | fourier
-              wavspa wavelet_params=lift inner=wersa levels=2"""),
+LAYERS = {"encoder": lines("""attention | haar | haar undecimated=no | wavspa | wersa | haar,attention
+              fourier | wavspa wavelet_params=lift inner=wersa levels=2"""),
           "decoder": lines("attention | haar | wavspa | wersa | haar,attention"),
           "encdec": lines("attention | attention cross=place levels=3 | haar | wersa")}
 
