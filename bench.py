@@ -916,8 +916,8 @@ suite("nanogpt", "nanoGPT's CPU settings on its own Shakespeare; --source is a f
       arms("""nanoGPT's form: attention n_embd=128 gate=False pos=learned
     attention, no gate: attention gate=False""") | arms("""attention: attention; haar: haar
     haar, 3 levels: haar levels=3; hybrid: attention,haar,haar,haar
-    wersa: wersa; wavspa: wavspa wavelet=db2 levels=1""", gate=True), rates=(2e-3, 4e-3, 8e-3), data="nanogpt",
-      prepare=dict(text=dict(tokenizer="bytes")))
+    wersa: wersa; wavspa: wavspa wavelet=db2 levels=1""", gate=True),
+      rates=(2e-3, 4e-3, 8e-3), data="nanogpt", prepare=dict(text=dict(tokenizer="bytes")))
 suite("wavelets", "decoders: Daubechies' longer filters, learned (haar) or not", TEXT,
       some(DECODERS, "attention; haar; wersa") | arms("""haar, db2: haar wavelet=db2
     haar, db4: haar wavelet=db4; haar, db8: haar wavelet=db8; haar, fixed: haar wavelet_params=fixed

@@ -1061,7 +1061,6 @@ sys.argv[:2] = []
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
-
 def script(path, argv, cwd, out):
     """What a child of the fork server does: run a script, its words into files."""
     os.chdir(cwd)
@@ -1076,7 +1075,6 @@ def script(path, argv, cwd, out):
     except KeyboardInterrupt:  # python ends by the signal then, a child of multiprocessing in 1
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-
 
 class Forked:
     """subprocess.Popen's face for a script, forked where torch is imported: that is most of a short run."""
@@ -1112,14 +1110,12 @@ class Forked:
         paths = [f"{self.words}.{name}" for name in ("out", "err")]
         return [open(path, encoding="utf-8").read() if os.path.exists(path) else "" for path in paths]
 
-
 def start(script, *flags, cwd, launcher=()):
     if not launcher:
         return Forked(script, flags, cwd)
     env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     argv = [sys.executable, *launcher, os.path.join(HERE, script), *flags]
     return subprocess.Popen(argv, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
 
 def run(script, *flags, cwd, code=0, **kw):
     p = start(script, *flags, cwd=cwd, **kw)
@@ -1128,28 +1124,23 @@ def run(script, *flags, cwd, code=0, **kw):
     assert "Traceback" not in err, err
     return out + err
 
-
 def until(there, p):
     """Wait for something that a running script does."""
     while not there():
         assert p.poll() is None, p.communicate()
         time.sleep(0.01)
 
-
 def read(*path):
     with open(os.path.join(*path), encoding="utf-8", newline="") as f:
         return f.read()
-
 
 def logged(*folder):
     """The rows of log.csv that are written so far."""
     path = os.path.join(*folder, "log.csv")
     return list(csv.DictReader(open(path))) if os.path.exists(path) else []
 
-
 def result_of(*folder):
     return json.loads(read(*folder, "result.json"))
-
 
 def kill_after(step, sig, *flags, cwd, out, **kw):
     """Start train.py and send sig once log.csv has reached a step; -> exit code."""
@@ -1162,18 +1153,15 @@ def kill_after(step, sig, *flags, cwd, out, **kw):
     p.communicate(timeout=60)
     return p.returncode
 
-
 def make_work(folder):
     """A small numbers data set and one finished run."""
     prepare_data.prepare("numbers", os.path.join(folder, "data"), rows=400)
     run("train.py", *TINY, "--mixer=haar", "--out_dir=whole", cwd=folder)
     return folder
 
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     return make_work(str(tmp_path_factory.mktemp("work")))
-
 
 def left(folder):
     """What a run leaves behind, but for the clock: log.csv, the weights and counters of its checkpoints."""
@@ -1183,7 +1171,6 @@ def left(folder):
         found += [ckpt["iter_num"], ckpt["best_loss"], {k: v.tolist() for k, v in ckpt["model"].items()}]
     return found
 
-
 def test_killed_and_resumed_equals_undisturbed(work):
     # catches: data order or dropout from a generator's state, log rows written twice, AdamW state lost
     flags = [*TINY, "--mixer=haar", "--out_dir=broken"]
@@ -1192,7 +1179,6 @@ def test_killed_and_resumed_equals_undisturbed(work):
     run("train.py", *flags, "--resume", cwd=work)
     assert left(f"{work}/broken") == left(f"{work}/whole")
     assert not os.path.exists(f"{work}/broken/ckpt.pt.tmp")
-
 
 def test_average_of_the_last_evaluations(work):
     # catches: a mean of other steps, one that a kill changes, older weights left on the disk
@@ -1217,7 +1203,6 @@ def test_average_of_the_last_evaluations(work):
     said = run("train.py", "--resume", "--out_dir=mean-killed", cwd=work, code=2)
     assert "no weights of earlier evaluations to average" in said
 
-
 def test_patience(work):
     # catches: evaluations counted anew after --resume, an equal loss taken for a lower one, no test
     flags = [*TINY, "--mixer=haar", "--learning_rate=0", "--patience=2", "--max_iters=400"]
@@ -1225,7 +1210,6 @@ def test_patience(work):
     said = run("train.py", *flags, "--resume", "--out_dir=tired", cwd=work)
     assert "step 00008/00400 | no lower validation loss in 2 evaluations: the end" in said
     assert "8 steps in" in said and "test loss" in said
-
 
 def test_two_processes_say_what_ends_them(work, tmp_path):
     # catches: what is said lost in torch's excepthook, a weight without a gradient, two --out_dirs
@@ -1252,7 +1236,6 @@ runpy.run_path({train!r}, run_name='__main__')""")
     for flags in ("--dataset=recall --levels=2 --wavspa_shared=False", "--dataset=listops --undecimated=yes"):
         run("train.py", *TINY, "--mixer=wavspa", "--max_iters=2", *flags.split(), **two)
 
-
 def test_resume_refuses_another_model_and_keeps_earlier_runs(work):
     # catches: weights left at their start in silence, a finished run overwritten, out/ and out as two folders
     said = run("train.py", "--resume", "--out_dir=whole", "--n_layer=2", cwd=work, code=1)
@@ -1263,7 +1246,6 @@ def test_resume_refuses_another_model_and_keeps_earlier_runs(work):
     assert read(work, "again.1", "log.csv") == before
     said = run("train.py", *TINY, "--resume", "--out_dir=nowhere", "--max_iters=1", cwd=work)
     assert "nowhere/ckpt.pt does not exist: starting anew" in said
-
 
 def test_sample_lines_in_lines_out(work):
     # catches: order lost by length-batching, an empty line dropped, a separator in an answer
@@ -1279,7 +1261,6 @@ def test_sample_lines_in_lines_out(work):
     assert [" ".join(a.splitlines()) for a in alone] == got[:-1]
     for extra in ("--beam=3", "--temperature=0.7"):
         assert run(*ask, "--start=one\ntwo", "--max_new_tokens=5", extra, cwd=work).count("\n") == 1
-
 
 def test_decoder_from_text(work):
     # catches: bits per byte from token counts, a decoder that trains on its own labels
@@ -1313,7 +1294,6 @@ def test_decoder_from_text(work):
     said = run(*ask, "--temperature=0", cwd=work)
     assert said == f"{tokenizer.decode(want)}\n---------------\n"
 
-
 @each("kind", ["bytes", "words"])
 def test_tokens_are_printed_as_they_come(kind):
     # catches: half a character, a blank lost between words, text that waits for the end
@@ -1334,10 +1314,8 @@ def test_tokens_are_printed_as_they_come(kind):
     texts = ["", "", "", "é", "é", "é", "é", "é🙂", "é🙂 "]
     assert at == (["", "", "a", "a b"] if kind == "words" else texts)
 
-
 def scored(text):  # "loss 1.5, exact match 0.2" -> {name: value}
     return {name: float(value) for name, value in re.findall(r"([A-Za-z][A-Za-z ]+) (-?[\d.]+\d)", text)}
-
 
 def test_score_is_what_training_found(work, tmp_path):
     # catches: windows that overlap, a row's eos left out, a mean over batches, pairs that drift apart
@@ -1356,7 +1334,6 @@ def test_score_is_what_training_found(work, tmp_path):
     with open(files[1], "a") as f:
         f.write("eins\n")
     assert "1000 lines and" in run(*ask, cwd=work, code=1)
-
 
 def test_score_of_a_text_and_of_labels(work, tmp_path):
     # catches: bits per token, a last window forgotten, labels compared with how likely they are
@@ -1380,7 +1357,6 @@ def test_score_of_a_text_and_of_labels(work, tmp_path):
     (tmp_path / "b").write_text("\n".join([*labels[:-1], "neither"]) + "\n")
     assert "accuracy 0.6667 (n=3)" in run(*ask, "--score=a,b", cwd=tmp_path)
 
-
 @each("text", READERS)
 def test_what_an_output_token_read(text):
     # catches: a gradient of the targets' embeddings, another token's logit, rows and columns swapped
@@ -1402,7 +1378,6 @@ def test_what_an_output_token_read(text):
     want = torch.stack(slopes, 1)
     close(next(iter(shares.values())), want / want.sum(1, keepdim=True), 1e-4)
 
-
 def test_source_and_wavelets_are_drawn(work, tmp_path):
     # catches: a picture of another text, a label taken for mathematics, a level without a line
     shutil.copytree(f"{work}/whole", tmp_path / "out")
@@ -1415,7 +1390,6 @@ def test_source_and_wavelets_are_drawn(work, tmp_path):
     assert "drawn to out/wavelets.png" in said
     for name in ("source", "wavelets"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
 
 # exit code, what is said, the command
 WRONG = """
@@ -1454,7 +1428,6 @@ WRONG = """
     1  --source                      prepare_data.py --dataset=text --data_dir=none
     1  train.jsonl                   prepare_data.py --dataset=multi30k --source=."""
 
-
 def test_wrong_input_is_one_line(work):
     # catches: tracebacks, silent defaults, idle flags, messages that do not say what to change
     run("train.py", *TINY, "--mixer=haar", "--pos=learned", "--max_iters=1", "--out_dir=learned", cwd=work)
@@ -1468,7 +1441,6 @@ def test_wrong_input_is_one_line(work):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(check, WRONG.strip().split("\n")))
 
-
 def test_a_strangers_checkpoint_runs_nothing(work):
     # catches: torch.load without weights_only
     class Evil:
@@ -1480,7 +1452,6 @@ def test_a_strangers_checkpoint_runs_nothing(work):
         said = run("sample.py", "--start=a", "--out_dir=.", f"--ckpt={name}", cwd=work, code=1)
         assert words in said and said.count("\n") == 1
     assert not os.path.exists(f"{work}/pwned")
-
 
 @each("encoding", ("ascii", "cp1252"))
 def test_what_the_terminal_cannot_show(work, tmp_path, encoding):
@@ -1500,7 +1471,6 @@ def test_what_the_terminal_cannot_show(work, tmp_path, encoding):
     run("train.py", *TINY, *flags, cwd=tmp_path)
     assert said("sample.py", "--start=猫 7", "--device=cpu").startswith("\\u597d\\u3044\t")
 
-
 def test_one_run_owns_a_folder(work):
     # catches: a live run's folder moved aside, a lock that outlives its process or stays with a moved folder
     flags = [*TINY, *ENDLESS, "--out_dir=owned"]
@@ -1515,7 +1485,6 @@ def test_one_run_owns_a_folder(work):
         p.send_signal(signal.SIGKILL)
         p.communicate(timeout=30)
     run("train.py", "--resume", "--out_dir=owned", "--max_iters=4", cwd=work)
-
 
 def test_resume_checks_first_what_its_end_needs(work):
     # catches: best.pt missed after the last step, a disk that is full at the first checkpoint
@@ -1534,7 +1503,6 @@ shutil.disk_usage = lambda path: collections.namedtuple('Disk', 'total free')(1,
     assert "make room" in run("train.py", *go_on, cwd=work, code=1, launcher=["-c", full, str(10**9)])
     run("train.py", *go_on, cwd=work)
 
-
 def test_resume_takes_the_saved_device(work):
     # catches: a run on --device=cpu that goes on elsewhere, a GPU's run that goes on nowhere else, in silence
     shutil.copytree(f"{work}/whole", f"{work}/elsewhere")
@@ -1546,7 +1514,6 @@ def test_resume_takes_the_saved_device(work):
     assert "cuda:77 is not there, where this run began" in run("train.py", *go_on, cwd=work)
     torch.save(ckpt, path)
     assert "this run began" not in run("train.py", *go_on, "--device=cpu", cwd=work)
-
 
 @pytest.mark.skipif(os.name == "nt", reason="a terminal of another kind")
 def test_a_closed_terminal_saves(work):
@@ -1562,7 +1529,6 @@ def test_a_closed_terminal_saves(work):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
     assert load_checkpoint(f"{work}/closed/ckpt.pt")["iter_num"] >= 3
-
 
 def test_preparation_has_no_time_limit(tmp_path):
     # catches: the limit of a collective applied to the work that others wait for, one that --resume forgets
@@ -1584,7 +1550,6 @@ runpy.run_path({os.path.join(HERE, "train.py")!r}, run_name="__main__")
         assert "limit 0:00:03" in said
     assert result_of(tmp_path, "out")["steps"] == 3
 
-
 def test_the_log_can_be_plotted(work):
     # catches: the loss of one step among ten, a mean that forgets what was before a kill, smoothing's part
     flags = [*TINY, "--mixer=haar", "--max_iters=40", "--eval_interval=40", "--label_smoothing=0.2"]
@@ -1601,7 +1566,6 @@ def test_the_log_can_be_plotted(work):
     assert float(fifth[-1]["nll"]) < float(fifth[-1]["loss"]) - 0.01
     assert all(r["nll"] == r["loss"] for r in whole)
 
-
 def test_resume_says_what_changed(work):
     # catches: a setting changed in silence, the settings of the first steps written over
     out, go_on = f"{work}/changed", ["--resume", "--out_dir=changed"]
@@ -1611,7 +1575,6 @@ def test_resume_says_what_changed(work):
     assert "changed from step 12 on: out_dir=changed was whole, max_iters=14 was 12\n" in said
     assert read(out, "config.00012.json") == before and '"max_iters": 14' in read(out, "config.json")
     assert "changed from" not in run("train.py", *go_on, cwd=work)
-
 
 def test_the_curves_are_drawn(work):
     # catches: a half-written last line read as a number, a picture that ends a training
@@ -1631,7 +1594,6 @@ def test_the_curves_are_drawn(work):
     said = run("train.py", *flags, cwd=work, launcher=["-c", none, str(10**9)])
     assert said.count("curve.png is not drawn") == 1
     assert not os.path.exists(f"{work}/undrawn/curve.png")
-
 
 def test_fine_tuning(work):
     # catches: fresh weights without a word, flags to repeat, embeddings of other words, a restart at step 0
@@ -1655,12 +1617,10 @@ def test_fine_tuning(work):
         said = run("train.py", *flags, wrong, "--out_dir=untuned", cwd=work, code=1)
         assert words in said and said.count("\n") == 1
 
-
 MEANT = lines("""--lr=1 learning_rate | --epochs max_iters | --steps max_iters | --max-steps=9 max_iters
     --heads n_head | --layers n_layer | --hidden_size n_embd | --batch batch_size | --fp16 dtype=float16
     --bf16 dtype=bfloat16 | --checkpoint init_from | --load init_from | --n-head n_head
     --batchsize batch_size | --lerning_rate learning_rate""")
-
 
 def test_did_you_mean(capsys):
     # catches: a guess that is none, a flag of another program that gets the nearest spelling
@@ -1678,7 +1638,6 @@ def test_did_you_mean(capsys):
     assert "log.csv" in said("--wandb_log") and "torchrun" in said("--gpus=4")
     assert "did you mean" not in said("--verbose")
 
-
 COUNTED = f"""import os, runpy, sys, time
 from functools import partial
 import torch
@@ -1694,7 +1653,6 @@ def count(graph, inputs):
 torch.compile = partial(torch.compile, backend=count)
 runpy.run_path({os.path.join(HERE, "train.py")!r}, run_name="__main__")
 """
-
 
 def test_compiled_block_by_block(work):
     # catches: a graph for each layer or decoded token, a stop that waits for the compiler
@@ -1716,7 +1674,6 @@ def test_compiled_block_by_block(work):
     assert p.returncode == 128 + signal.SIGTERM and "--resume goes on from step 0\n" in said
     assert load_checkpoint(f"{work}/slow/ckpt.pt")["iter_num"] == 0
 
-
 # -----------------------------------------------------------------------------
 # faults: each does its worst so many times, from a fixed seed, and counts what was lost. pytest tries each
 # once; python test_model.py 20 > results/faults.md tries each 20 times and writes the table
@@ -1728,7 +1685,6 @@ def hurt(p, rng, seconds, i):
     except subprocess.TimeoutExpired:
         p.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3])
         return True, p.communicate(timeout=30)[1]
-
 
 def killed(work, rng, tries, *flags):
     """Start, kill at a random moment, go on, until tries kills are done; then let it end, and compare."""
@@ -1753,20 +1709,16 @@ def killed(work, rng, tries, *flags):
     shutil.rmtree(f"{work}/undisturbed")
     return done, lost
 
-
 def fault_killed_in_training(work, rng, tries):
     return killed(work, rng, tries, "--mixer=haar", "--max_iters=60", "--eval_interval=20", "--metric_rows=1")
-
 
 def fault_killed_in_writing_checkpoints(work, rng, tries):
     flags = "--mixer=attention --max_iters=30 --eval_interval=1 --eval_rows=1 --metric_rows=1 --n_embd=128"
     return killed(work, rng, tries, *flags.split())
 
-
 def fault_killed_in_evaluation(work, rng, tries):
     flags = "--mixer=wersa --max_iters=4 --eval_interval=2 --eval_rows=1000 --metric_rows=100"
     return killed(work, rng, tries, *flags.split())
-
 
 def fault_killed_in_preparation(work, rng, tries):
     flags, lost, folder = ["--dataset=lego", "--rows=60000"], 0, f"{work}/killed"
@@ -1784,7 +1736,6 @@ def fault_killed_in_preparation(work, rng, tries):
     shutil.rmtree(f"{work}/undisturbed")
     return tries, lost
 
-
 def fault_disk_full(work, rng, tries):
     lost, flags, out = 0, [*TINY, "--mixer=haar", "--resume", "--out_dir=full"], f"{work}/full"
     for _ in range(tries):
@@ -1799,7 +1750,6 @@ def fault_disk_full(work, rng, tries):
         shutil.rmtree(out)
     said = run("train.py", *TINY, "--out_dir=/proc/nowhere", cwd=work, code=1)
     return tries + 1, lost + ("cannot be written" not in said)
-
 
 def fault_number_of_processes_changed(work, rng, tries):
     """Stopped and gone on with 2, 4 and 1 processes, against 1 throughout; none divides 37 rows."""
@@ -1827,7 +1777,6 @@ def fault_number_of_processes_changed(work, rng, tries):
         shutil.rmtree(f"{work}/some")
     return tries, lost
 
-
 def fault_one_of_two_processes_dies(work, rng, tries):
     lost, flags = 0, [*TINY, *ENDLESS, "--out_dir=dies", "--dist_timeout=10"]
     for _ in range(tries):
@@ -1840,7 +1789,6 @@ def fault_one_of_two_processes_dies(work, rng, tries):
         load_checkpoint(f"{work}/dies/ckpt.pt")
         shutil.rmtree(f"{work}/dies")
     return tries, lost
-
 
 def mutated(raw, rng):
     """A file with one thing wrong: cut, a bit or a run of bytes changed, bytes added, put in or taken out."""
@@ -1860,7 +1808,6 @@ def mutated(raw, rng):
         del raw[at:at + n]
     return bytes(raw)
 
-
 def refused(call):
     """Whether call ends in one clear line; a traceback or two lines are an error."""
     try:
@@ -1870,13 +1817,11 @@ def refused(call):
         return True
     return False
 
-
 def same(a, b):
     """Are two trees of tensors and plain types the same, to the bit?"""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
 
 def fault_damaged_checkpoints(work, rng, tries):
     path, lost = f"{work}/damaged.pt", 0
@@ -1887,7 +1832,6 @@ def fault_damaged_checkpoints(work, rng, tries):
         if not refused(lambda: load_model(path)):
             lost += not same(load_checkpoint(path), sound)  # a byte that means nothing may differ
     return tries, lost
-
 
 def fault_strange_checkpoints(work, rng, tries):
     """Well-formed files of someone else: parts missing, of a wrong type, absurd."""
@@ -1913,7 +1857,6 @@ def fault_strange_checkpoints(work, rng, tries):
             lost += not same(found[0], sound["model"])  # what this model does not use may be absurd
     return tried, lost
 
-
 def fault_damaged_data(work, rng, tries):
     folder, lost = f"{work}/data/numbers", 0
     for _ in range(tries):
@@ -1928,7 +1871,6 @@ def fault_damaged_data(work, rng, tries):
         with open(path, "wb") as f:
             f.write(raw)
     return tries, lost
-
 
 def fault_strange_data(work, rng, tries):
     """Data sets whose checksums are right and whose contents are not."""
@@ -1956,7 +1898,6 @@ def fault_strange_data(work, rng, tries):
         lost += p.returncode != 0 and len(err.splitlines()) != 1
         shutil.rmtree(f"{work}/strange")
     return tries, lost
-
 
 def fault_wrong_flags(work, rng, tries):
     """Every flag of every script with a wrong type, a negative, a zero, a huge number and a misspelling: a
@@ -1997,7 +1938,6 @@ def fault_wrong_flags(work, rng, tries):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return len(jobs), sum(pool.map(fails, range(len(jobs)), jobs))
 
-
 def fault_any_text(work, rng, tries):
     """Any Unicode, control characters, line ends, a megabyte: one line out for each line in."""
     lost = 0
@@ -2017,7 +1957,6 @@ def fault_any_text(work, rng, tries):
         lost += len(got) != len(lines) + 1 or i == 0 and "were cut" not in said or any("\r" in g for g in got)
     return tries * 200, lost
 
-
 def growth(p, at):
     """Watch a process while at() holds -> how much its memory, in bytes, and its open files grew over the
     second half of that time."""
@@ -2033,7 +1972,6 @@ def growth(p, at):
     assert p.returncode == 0 and len(seen) > 8, (p.returncode, len(seen))
     half, end = seen[len(seen) // 2], seen[-1]
     return end[0] - half[0], end[1] - half[1]
-
 
 def fault_long_runs(work, rng, tries):
     """2,000 steps and as many translated lines (300 in a short test): memory and open files at the end."""
@@ -2053,7 +1991,6 @@ def fault_long_runs(work, rng, tries):
         lost += memory > 2e6 + 500 * n or files > 0
     shutil.rmtree(f"{work}/long")
     return 2 * n, lost
-
 
 def fault_not_finite(work, rng, tries):
     """Steps whose loss is not finite are left out and counted; where none succeeds, training ends."""
@@ -2077,19 +2014,16 @@ def fault_not_finite(work, rng, tries):
     said = run("train.py", *TINY, *flags, cwd=work, code=1)
     return tries + 1, lost + ("steps in a row" not in said or "--learning_rate" not in said)
 
-
 # how often, for each time that is asked for
 OFTEN = {"number of processes changed": 0.2, "one of two processes dies": 0.2, "long runs": 0.2,
          "any text": 0.2, "disk full": 0.25, "not finite": 0.25, "damaged checkpoints": 5,
          "strange checkpoints": 5, "damaged data": 5}
 FAULTS = {name[6:].replace("_", " "): f for name, f in list(globals().items()) if name.startswith("fault_")}
 
-
 @each("name", FAULTS)
 def test_faults(work, name):  # catches: what a user would lose overnight
     tried, lost = FAULTS[name](work, np.random.default_rng(0), math.ceil(OFTEN.get(name, 1)))
     assert tried and not lost
-
 
 # -----------------------------------------------------------------------------
 # data
@@ -2097,22 +2031,18 @@ def test_faults(work, name):  # catches: what a user would lose overnight
 prepare, load_meta = prepare_data.prepare, prepare_data.load_meta
 BYTES = Tokenizer({"kind": "bytes"})
 
-
 def refusal(words):
     return pytest.raises(SystemExit, match=words)
-
 
 def write_lines(path, rows):
     with open(path, "w", encoding="utf-8") as f:
         f.writelines(row + "\n" for row in rows)
     return str(path)
 
-
 def write_parquet(path, **columns):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
-
 
 def rows_of(folder, stem):
     """The rows of a prepared file, as text."""
@@ -2121,19 +2051,15 @@ def rows_of(folder, stem):
     tok = Tokenizer(meta["tokenizer"])
     return [tok.decode(ids[i:j]) for i, j in zip(idx, idx[1:])]
 
-
 def labels_of(folder, split, name="label"):
     return np.fromfile(os.path.join(folder, f"{split}.{name}.bin"), dtype=np.int32)
-
 
 def counts(folder, *splits):
     return [load_meta(folder)["splits"][split]["rows"] for split in splits or ("train", "val", "test")]
 
-
 def result_of(folder):
     with open(os.path.join(folder, "result.json"), encoding="utf-8") as f:
         return json.load(f)
-
 
 def test_number_names():
     # catches: "einsundzwanzig", "eintausendeinhundert" lost, a missing British "and"
@@ -2151,7 +2077,6 @@ def test_number_names():
         assert (en(n), de(n)) == (e, d)
     assert len({de(n) for n in range(20000)}) == len({en(n) for n in range(20000)}) == 20000
 
-
 def test_numbers_held_out_are_never_trained_on(tmp_path):
     # catches: held-out values in training, one row twice in a test
     folder = prepare("numbers", str(tmp_path), rows=2000)
@@ -2160,11 +2085,9 @@ def test_numbers_held_out_are_never_trained_on(tmp_path):
         rows = open(os.path.join(folder, f"{split}.src.txt")).read().split("\n")[:-1]
         assert len(set(rows)) == 1000 and not train & set(rows)
 
-
 SMALL = dict(numbers={}, listops=dict(min_len=5, max_len=60, max_depth=5), lego={}, recall={}, pathfinder={})
 DIGESTS = dict(numbers="3cafe6170ca1", listops="7d2c3d6bec8a", lego="cbca611bfd40", recall="fff606ef8a57",
                pathfinder="783775a10bb2")
-
 
 @each("name", SMALL)
 def test_generated_data_are_the_same_everywhere(name, tmp_path):
@@ -2177,14 +2100,12 @@ def test_generated_data_are_the_same_everywhere(name, tmp_path):
         digests.append(hashlib.sha256(whole).hexdigest()[:12])
     assert digests[0] == digests[1] == DIGESTS[name] != digests[2]
 
-
 @each("name", ("listops", "lego", "recall"))
 def test_a_large_test_set_leaves_the_rows_of_training_alone(name, tmp_path):
     more = SMALL[name] or dict(recall=dict(n_pairs=4)).get(name, {})
     a, b = (prepare(name, str(tmp_path / str(n)), rows=160, test_rows=n, **more) for n in (20, 41))
     assert counts(a, "test", "long") == [20, 10] and counts(b, "test", "long") == [41, 21]
     assert rows_of(a, "train.src") == rows_of(b, "train.src")
-
 
 def value_and_depth(words):
     """A ListOps row read with a stack: its value, its depth, its operators' counts of arguments."""
@@ -2204,7 +2125,6 @@ def value_and_depth(words):
             stack[-1].append(int(w))
     (value,), = stack
     return value, depth + 1, arguments  # the deepest operator's digits are one level below it
-
 
 def test_listops_against_a_stack(tmp_path):
     # catches: a median rounded up, an argument beside its own list, a row in train and test, too deep a tree
@@ -2228,7 +2148,6 @@ def test_listops_against_a_stack(tmp_path):
     with refusal("only 4.. different rows"):
         prepare_data.listops(tmp_path, rows=1000, min_len=1, max_len=5, max_depth=2)
 
-
 def test_lego_chains_can_be_followed(tmp_path):
     # catches: a clause that names the wrong letter, a label out of step, later links told in training
     folder = prepare("lego", str(tmp_path), rows=300, n_links=8, n_tr=3)
@@ -2246,7 +2165,6 @@ def test_lego_chains_can_be_followed(tmp_path):
                     minus, link = minus ^ flip, link + 1
                 assert link == g and y == (minus if link <= told else -1)
 
-
 def test_recall_rows_answer_themselves(tmp_path):
     # catches: a key with two values, an answer before its question, a key that is never asked
     folder = prepare("recall", str(tmp_path), rows=300, n_pairs=8, n_keys=40)
@@ -2263,7 +2181,6 @@ def test_recall_rows_answer_themselves(tmp_path):
             assert labels[at:end].tolist() == want and (groups[at:end] == p).all()
             at, seen = end, seen | {p}
         assert at == len(labels) and seen == sizes
-
 
 def follow(image):
     """Whether the second disc of a Pathfinder picture can be reached from the first over lit pixels, never
@@ -2285,7 +2202,6 @@ def follow(image):
                 front.append((y, x))
     return int(not lit[discs[1]])
 
-
 @each("size,count", ((32, 600), (128, 40)))
 def test_pathfinder_labels_can_be_read_off_the_picture(size, count):
     # catches: contours that touch, discs on the wrong ends, a label that the ink gives away
@@ -2295,9 +2211,7 @@ def test_pathfinder_labels_can_be_read_off_the_picture(size, count):
     ink = images.reshape(count, -1).astype(float).sum(1)
     assert abs(np.corrcoef(ink, labels)[0, 1]) < 0.25
 
-
 LEARN = [*TINY, "--learning_rate=1e-2", "--log_interval=50", "--eval_interval=50", "--max_iters=100"]
-
 
 def test_token_labels_groups_and_longer_rows_through_training(work):
     # catches: labels shifted against their tokens, groups of another row, a bos that moves everything by one
@@ -2319,7 +2233,6 @@ def test_token_labels_groups_and_longer_rows_through_training(work):
     ask = "--start=k1 v2 k1", "--max_new_tokens=1", "--temperature=0"
     assert run("sample.py", "--out_dir=recall", *ask, cwd=work).startswith("k1 v2 k1 v2")
 
-
 def test_evaluation_is_the_loop_over_rows(work):
     # catches: a last batch that weighs as much as a full one, padding counted as right, another split
     flags = "--mixer=attention", "--out_dir=far", "--max_iters=4", "--eval_block_size=120"
@@ -2340,7 +2253,6 @@ def test_evaluation_is_the_loop_over_rows(work):
         assert len(sides[0]) == n and found["split"] == split
     assert result["far"][0]["block_size"] == 120
 
-
 def test_roc_auc_and_the_leak_alarm(work):
     # catches: ties counted whole, an alarm that never rings, one that rings on generated words
     rng = np.random.default_rng(0)
@@ -2354,7 +2266,6 @@ def test_roc_auc_and_the_leak_alarm(work):
     assert "warning: perplexity" in said and "nrefs:1|case:mixed" in said
     said = run("train.py", *TINY, "--mixer=haar", "--out_dir=quiet", "--max_iters=1", cwd=work)
     assert "warning: perplexity" not in said
-
 
 def test_translation_data_from_the_hubs_layout(tmp_path):
     # catches: lost umlauts, rows with an empty side, sides drifting apart, a blank last line
@@ -2371,7 +2282,6 @@ def test_translation_data_from_the_hubs_layout(tmp_path):
         assert rows_of(folder, "val.tgt") == f.read().split("\n")[:-1]
     assert tok.decode(tok.encode("neue Wörter 🙂")) == "neue Wörter 🙂"
 
-
 def test_imdb_from_the_hubs_layout_trains_an_encoder(tmp_path):
     # catches: labels out of step with skipped rows, accuracy over a batch only
     for split, n in (("train", 200), ("test", 40)):
@@ -2384,7 +2294,6 @@ def test_imdb_from_the_hubs_layout_trains_an_encoder(tmp_path):
     said = run("train.py", *LEARN, *flags, cwd=tmp_path)
     assert float(re.search(r"test accuracy ([\d.]+) \(n=40", said)[1]) > 0.95
     assert run("sample.py", "--start=good good movie", cwd=tmp_path).startswith("positive\t")
-
 
 def test_strange_rows_in_the_hubs_layout(tmp_path):
     # catches: a traceback for a label that is none, a train split too short for a tenth
@@ -2401,7 +2310,6 @@ def test_strange_rows_in_the_hubs_layout(tmp_path):
     with refusal("no text of train"):
         imdb(["a"], [0])
     assert counts(imdb(["a"] * 5, [0, 1, 0, 1, 0]), "val") == [1]
-
 
 def test_cifar10_from_the_hubs_layout(tmp_path):
     # catches: colours read as three rows, labels named wrongly
@@ -2425,7 +2333,6 @@ def test_cifar10_from_the_hubs_layout(tmp_path):
     assert run("sample.py", "--start=FILE:x.png", cwd=tmp_path).split("\t")[0] in ("airplane", "automobile")
     assert "cannot be read as an image" in run("sample.py", "--start=FILE:y.png", cwd=tmp_path, code=1)
 
-
 def test_arxiv_from_the_hubs_layout(tmp_path):
     # catches: documents cut in the files, a class that the text spells
     for kind in ("no_ref", "default"):
@@ -2441,7 +2348,6 @@ def test_arxiv_from_the_hubs_layout(tmp_path):
     flags = "--dataset=arxiv", "--mixer=wersa", "--block_size=131072", "--batch_size=2", "--max_iters=2"
     said = run("train.py", *TINY, *flags, cwd=tmp_path)
     assert "block 131,072" in said.replace("131072", "131,072") and "test AUC" in said
-
 
 def test_preparation_is_all_or_nothing(tmp_path):
     # catches: a half-written folder taken for a data set, temporary files left, another format read as this
@@ -2474,7 +2380,6 @@ def test_preparation_is_all_or_nothing(tmp_path):
         prepare("cifar10", str(data))
     assert time.time() - began < 15 and os.listdir(data) == ["listops"]
 
-
 def test_damaged_data_is_one_line(tmp_path):
     # catches: a truncated file read as a shorter data set
     folder = prepare("numbers", str(tmp_path), rows=100)
@@ -2493,7 +2398,6 @@ def test_damaged_data_is_one_line(tmp_path):
             prepare("parallel", str(tmp_path), source=f"{tmp_path}/a,{tmp_path}/{second}")
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "numbers"]
 
-
 def test_text_is_prepared_alike_for_training_and_asking(work, tmp_path):
     # catches: a no-break space that is kept here and not there, a separator that cuts a row in two
     odd = ["the\u00a0cat", "the\tcat", "the\u2028cat", "the\u3000cat", " the  cat\x85"]
@@ -2511,14 +2415,12 @@ def test_text_is_prepared_alike_for_training_and_asking(work, tmp_path):
     for line in ("one hundred 7", "one\u00a0hundred\u30007", "\tone\u2028hundred\n7"):
         assert run("sample.py", *ask, f"--start={line}", cwd=work) == first + "\n"
 
-
 @each("run_of", [" ", "\u3000", "x", "7", "\n", "\u0301"])
 def test_long_runs_do_not_reach_the_tokenizer(run_of):
     # catches: a library that panics at a million blanks, in training a BPE or in using it
     text = "a cat" + run_of * 1_000_000 + "sat"
     tok = Tokenizer(prepare_data.train_bpe([["the cat sat", text]], 270))
     assert tok.decode(tok.encode(text)) == text and max(map(len, prepare_data.pieces(text))) == 50_000
-
 
 def test_bleu_counts_the_words_of_its_script(tmp_path):
     # catches: a line of Japanese taken for one word, so that a nearly perfect translation scores 0
@@ -2535,7 +2437,6 @@ def test_bleu_counts_the_words_of_its_script(tmp_path):
         assert sacrebleu.metrics.BLEU(tokenize=want).corpus_score(good, [rows]).score > 60
     said = run("train.py", *TINY, "--dataset=parallel", "--mixer=haar", "--max_iters=1", cwd=tmp_path)
     assert "|tok:char|" in said
-
 
 def test_no_row_of_test_is_trained_on(tmp_path):
     # catches: rows on both sides of a split, unsaid; one test row of 150 pairs; a score on few rows, unsaid
@@ -2557,7 +2458,6 @@ def test_no_row_of_test_is_trained_on(tmp_path):
     folder = prepare("parallel", str(tmp_path / "more"), source=pair, held_out=100)
     assert counts(folder, "test") == [100]
 
-
 def test_no_line_of_test_is_trained_on(tmp_path):
     whole = [f"a line of text, the {i}th of all" if i % 2 else "KING:" for i in range(2000)]
     source = write_lines(tmp_path / "t", whole + whole[-20:] + whole[:80])
@@ -2566,10 +2466,8 @@ def test_no_line_of_test_is_trained_on(tmp_path):
     assert not {line for line in train if len(line) >= 20} & {*val, *test} and train.count("KING:") > 900
     assert load_meta(folder)["skipped"] == {"train: lines that stand in val or test, left out": 40}
 
-
 def text_of(folder, split):
     return BYTES.decode(np.fromfile(os.path.join(folder, f"{split}.bin"), BYTES.dtype))
-
 
 def test_twins_that_look_alike(tmp_path):
     # catches: a row of test that train has with another blank, another accent, an invisible mark
@@ -2591,7 +2489,6 @@ def test_twins_that_look_alike(tmp_path):
         assert 200 < left_out <= 300  # and the empty lines stay
     row = "\ufeffx\ud800\u0065\u0301\u00a0\u2028y"
     assert prepare_data.plain(row) == "x?\u00e9 y" == prepare_data.plain(prepare_data.plain(row))
-
 
 @each("kind", ["csv", "tsv", "jsonl", "semicolons"])
 def test_a_table_of_labelled_texts(tmp_path, kind, monkeypatch):
@@ -2621,7 +2518,6 @@ def test_a_table_of_labelled_texts(tmp_path, kind, monkeypatch):
         said = run("sample.py", f"--start=so, {words}", "--device=cpu", cwd=tmp_path)
         assert said.startswith(label + "\t")
 
-
 def test_macro_f1_and_the_bag_of_words():
     # catches: a mean over rows, a class that is only guessed left out
     guess, answer = np.array([0, 0, 0, 2, 1]), np.array([0, 0, 1, 1, 1])
@@ -2631,17 +2527,13 @@ def test_macro_f1_and_the_bag_of_words():
     splits = dict(train=(texts, np.arange(80) % 2), test=(texts[:20], np.arange(20) % 2))
     assert prepare_data.bag_of_words(splits)["test"] == 1
 
-
 ROWS = [(f"row {i}", "ab"[i % 2]) for i in range(60)]
-
 
 def as_csv(rows=ROWS, head="text,label", end="\n"):
     return end.join([head, *(f"{text},{label}" for text, label in rows)]) + end
 
-
 def as_jsonl(**odd):
     return "\n".join(json.dumps({**dict(text=text, label=label), **odd}) for text, label in ROWS)
-
 
 USED = {  # what a table may hold, and the classes that it has then
     "carriage returns": (as_csv(end="\r\n"), "a b"), "old ones": (as_csv(end="\r"), "a b"),
@@ -2997,7 +2889,6 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     other = subprocess.run([sys.executable, "miniature.py"], cwd=tmp_path, capture_output=True, text=True)
     assert other.returncode and "has rows of another recall, of 7 training tokens" in other.stderr
 
-
 def test_translations_of_a_suite_are_kept(work, tmp_path, monkeypatch):
     # catches: translations of a rate that val did not choose, of other weights or of another file
     import bench
@@ -3023,7 +2914,6 @@ def test_translations_of_a_suite_are_kept(work, tmp_path, monkeypatch):
     bench.keep_translations(args, out, dict(row, val_loss=1.0))
     assert gzip.decompress(kept.read_bytes()) == b"zwei\n"
 
-
 def test_arms_are_matched():
     # catches: an arm that is larger than what it is compared with, a flag that train.py does not take
     import bench
@@ -3038,7 +2928,6 @@ def test_arms_are_matched():
             words = [*suite["base"], *arm]
             assert {w.split("=")[0] for w in words} <= flags, words
             bench.config_of(words, arch="encoder", block_size=2048)
-
 
 def test_curves_of_several_runs(tmp_path, monkeypatch):
     # catches: a folder without a log that is drawn as nothing, a command that takes no folders
@@ -3059,15 +2948,14 @@ def test_curves_of_several_runs(tmp_path, monkeypatch):
     assert "--png is no flag of report" in run("bench.py", "report", "--png=c.png", cwd=tmp_path, code=2)
     assert "--folders is no flag of report" in run("bench.py", "report", "out-a", cwd=tmp_path, code=2)
 
-
 # -----------------------------------------------------------------------------
 # README
-
 
 def test_readme_commands_parse_and_the_snippet_runs():
     # catches: a renamed flag, a snippet that has gone stale
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    commands = re.findall(r"(?:python|torchrun .*?) ((?:train|sample|prepare_data|bench)\.py[^#`\n]*)", readme)
+    script = r"(?:python|torchrun .*?) ((?:train|sample|prepare_data|bench)\.py[^#`\n]*)"
+    commands = re.findall(script, readme)
     assert len(commands) >= 6
     flags = {}
     for script in ("train.py", "sample.py", "prepare_data.py", "bench.py"):
@@ -3088,7 +2976,6 @@ def test_readme_commands_parse_and_the_snippet_runs():
     finally:
         M.MIXERS.clear()
         M.MIXERS.update(mixers)
-
 
 # python test_model.py 20 > results/faults.md; python test_model.py 20 data: only faults with that word
 if __name__ == "__main__":
