@@ -2057,10 +2057,6 @@ def labels_of(folder, split, name="label"):
 def counts(folder, *splits):
     return [load_meta(folder)["splits"][split]["rows"] for split in splits or ("train", "val", "test")]
 
-def result_of(folder):
-    with open(os.path.join(folder, "result.json"), encoding="utf-8") as f:
-        return json.load(f)
-
 def test_number_names():
     # catches: "einsundzwanzig", "eintausendeinhundert" lost, a missing British "and"
     for n, e, d in (
