@@ -571,13 +571,13 @@ def speed_tables(runs, names=None):
                 rows[-1].append(f"{max(c['of_floor'], compiled.get('of_floor', 0)):.0%}")
     head = ["", "against", "eager", "ahead from T", "compiled", "ahead from T", "its memory"]
     yield as_table(head + ["of the GPU's limit"] * (len(rows[0]) > len(head) if rows else 0), rows)
+    if names:
+        return
     rows = [[arm, *(f"{ms:.3f}" for ms in c["ms"]), f"{T:,}", f"{c['seconds']:.3f}", c["ratio"]]
             for (arm, T, form), c in cells.items() if form == "decode" and arm in arms]
     if rows:
         at = [f"at {t:,}" for t in POSITIONS]
         yield "\n" + as_table(["ms a token", *at, "a prompt of", "seconds", "times one parallel pass"], rows)
-    if names:
-        return
     rows = [[arm, *(exponent(cells, arm, form) for form in ("eager", "compiled"))] for arm in arms]
     rows = [row for row in rows if row[1]]
     if rows:
@@ -1242,7 +1242,7 @@ def protocol(name):
 def overall():
     """The README's one table: suites by mixers."""
     names, lines = ("attention", "haar", "wavspa", "wersa", "hybrid"), []
-    for suite in ("numbers", "decoders", "multi30k"):
+    for suite in ("numbers", "decoders", "nanogpt", "multi30k", "anchor"):
         best = arms_of(RESULTS / f"{suite}.csv")
         if best:
             metric, line = next(iter(best.values()))[0]["metric"], []
