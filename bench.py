@@ -910,7 +910,8 @@ suite("documents", "decoders, in blocks of 1,024 tokens", TEXT + " --block_size=
       "--metric_rows=100 --eval_block_size=2048,4096", arms("""attention: attention n_embd=124; haar: haar
     wersa: wersa; hybrid: haar,haar,haar,attention""", gate=True), **BYTES)
 suite("nanogpt", "nanoGPT's CPU settings on its own Shakespeare; --source is a folder of its two halves: "
-      "train.txt, the first 1,003,854 bytes, and the rest as val.txt and as test.txt",
+      "train.txt, the first 1,003,854 bytes, and the rest as val.txt and as test.txt, on which rates are "
+      "chosen, too, as nanoGPT has no third part; hybrid: a layer of attention, then 3 of haar",
       "--dataset=text --block_size=64 --batch_size=12 --n_layer=4 --max_iters=2000 --warmup_iters=100 "
       "--beta2=0.99 --eval_interval=500 --eval_rows=2000",
       arms("""nanoGPT's form: attention n_embd=128 gate=False pos=learned

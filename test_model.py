@@ -325,6 +325,17 @@ def test_chunks(text):
     x = x[:, :37]
     same_gradients(m, chunked(m, x, cuts=(1, 4, 17, 15))[0], m(x), 1e-4)
 
+@each("text", ["haar", "wersa", "wersa feature_map=exp"])
+@torch.no_grad()
+def test_real_segments(text, monkeypatch):
+    # catches: a segment's end forgotten, what only happens beyond 1,024 tokens
+    monkeypatch.undo()
+    m = mixer(text, block_size=2600)
+    x = rand(1, 2600, 16)
+    whole = m(x)
+    close(chunked(m, x, cuts=(1300, 1, 1299))[0], whole)
+    assert torch.equal(m(loud(x, 1500))[:, :1500], whole[:, :1500])
+
 # catches: a state that grows, or is a view that holds all of a long prompt
 @each("text", VARIANTS)
 @torch.no_grad()
