@@ -52,7 +52,7 @@ from tqdm import tqdm
 import model
 from model import CHOICES, MIXERS, ModelConfig, build_mixer
 from prepare_data import Parser, comma_separated, draw_curves, prepare, replacing, writable
-from sample import keep_freed_pages, register
+from sample import compile_blocks, keep_freed_pages, register
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -357,14 +357,18 @@ def memory_of(call):
     sync()
     return peak() - before
 
+def operations(call):
+    """FLOPs of a call, counted."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
 def floor_of(call, m, card, T):
     """Seconds that a call of m, forward and backward, would take at this GPU's own limits: its matrix
     products, or x, y, their gradients and the weights touched once."""
-    with FlopCounterMode(display=False) as counter:
-        call()
     size = getattr(torch, card["dtype"]).itemsize
     touched = size * (4 * T * card["n_embd"] + 3 * sum(q.numel() for q in m.parameters()))
-    return max(counter.get_total_flops() / card["flops"], touched / card["bandwidth"])
+    return max(operations(call) / card["flops"], touched / card["bandwidth"])
 
 def limits(dtype):
     """What this GPU copies (bytes a second, read and written) and multiplies (FLOP a second) at best."""
@@ -669,9 +673,8 @@ def steps(args):
     if CUDA:
         best = limits(torch.bfloat16)["flops"]
         for name, net in nets.items():
-            with FlopCounterMode(display=False) as counter, torch.autocast("cuda", torch.bfloat16):
-                net(*idx)[1].backward()
-            flops[name] = counter.get_total_flops()
+            with torch.autocast("cuda", torch.bfloat16):
+                flops[name] = operations(lambda: net(*idx)[1].backward())
     by_turns(calls, 1.0)
     if CUDA:
         memory = {name: memory_of(call) for name, call in calls.items()}
@@ -694,7 +697,6 @@ def steps(args):
 def compiled_cell(arch, mixer, card):
     """Training steps of ten ragged batches, eager and compiled block by block, as train.py does -> a row."""
     torch.manual_seed(0)
-    torch._dynamo.config.cache_size_limit = 64  # as in train.py
     fields = dict(block_size=card["block_size"], n_embd=card["n_embd"], n_head=card["n_head"])
     net = model.WaveletTransformer(ModelConfig(arch=arch, mixer=mixer, **fields)).to(DEVICE)
     batches = []
@@ -716,8 +718,7 @@ def compiled_cell(arch, mixer, card):
         return seconds
     train()
     eager = train() + train()
-    for block in [*getattr(net, "encoder", []), *getattr(net, "decoder", [])]:
-        block.compile(dynamic=True)
+    compile_blocks(net)
     first, compiled = train(), train() + train()
     cost, won = sum(first) - sum(compiled) / 2, sum(eager) - sum(compiled)
     pays = f"{cost / (won / 20):,.0f}" if won > 0 else "never"
@@ -787,9 +788,8 @@ def flops(args):
         counted = {}
         for name in arms:
             m, x = build(name, card, T), row_of(card, T)
-            with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                m(x)
-            counted[name] = counter.get_total_flops()
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                counted[name] = operations(lambda: m(x))
         row = {"GFLOP": f"{T:,}", FLASH: f"{counted[FLASH] / 1e9:.3f}"}
         for name in arms[1:]:
             row[name] = f"{counted[name] / 1e9:.3f}, {counted[name] / counted[FLASH]:.1%}"
@@ -1179,11 +1179,11 @@ def said(values):
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
-def against(rows, first):
-    """How far an arm's scores lie from the first arm's, and two-sided p of Welch's t-test."""
+def against(rows, other):
+    """How far an arm's scores lie from another's, and two-sided p of Welch's t-test."""
     import scipy.stats
-    a, b = score(rows), score(first)
-    if rows is first or min(len(a), len(b)) < 2:
+    a, b = score(rows), score(other)
+    if rows is other or min(len(a), len(b)) < 2:
         return ""
     p = scipy.stats.ttest_ind(a, b, equal_var=False).pvalue
     return f"{statistics.mean(a) - statistics.mean(b):+.3f}, p = {p:.1g}"
@@ -1207,15 +1207,17 @@ def table(path):
     beyond = [] if early else next(iter(far.values()))[0]
     rates = sorted({r["learning_rate"] for r in rows}, key=float)
     head = ["arm", "parameters", f"{rows[0]['metric']}, test"]
-    first = next(iter(best))
-    head += [*(f"at up to {f['block_size']} tokens" for f in beyond), "test loss", "n", f"less {first}"]
+    order = in_order(best)
+    others = dict.fromkeys([next(iter(best)), order[0]])  # held against the first arm, and against the best
+    head += [*(f"at up to {f['block_size']} tokens" for f in beyond), "test loss", "n"]
+    head += [f"less {other}" for other in others]
     if len(rates) > 1:  # what val chose, and the choice itself
         head += ["rate", *(f"test at {rate}" for rate in rates)]
-    for arm in in_order(best):
+    for arm in order:
         rs = best[arm]
         line = [arm, f"{int(rs[0]['params']):,}", said(score(rs))]
         line += [said([f[i]["metric"] for f in far[arm]]) for i in range(len(beyond))]
-        line += [said(score(rs, "test_loss")), len(rs), against(rs, best[first])]
+        line += [said(score(rs, "test_loss")), len(rs), *(against(rs, best[other]) for other in others)]
         if len(rates) > 1:
             line.append(rs[0]["learning_rate"])
             for rate in rates:

@@ -99,6 +99,12 @@ def keep_freed_pages(keep=True):
         mallopt(-3, 2**25 if keep else 2**16)
         mallopt(-1, 2**30 if keep else 2**16)
 
+def compile_blocks(model):
+    """torch.compile, block by block: one graph for all lengths, and for all blocks that are alike."""
+    torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, which a hybrid has many of
+    for block in [*getattr(model, "encoder", ()), *getattr(model, "decoder", ())]:
+        block.compile(dynamic=True)
+
 def there(name):
     """A --device that this machine has, or an error that argparse shows."""
     try:
@@ -332,7 +338,9 @@ def score(model, tokenizer, meta, names, batch_size, n, **beams):
         bits = loss / math.log(2) * len(ids) / len(text.encode())
         return [f"{line}, bits per byte {bits:.4f}"], 1, 0
     texts, wanted = ([plain(line) for line in read_lines(name)] for name in files)
-    if not len(texts) == len(wanted) > 0:
+    if not texts:
+        raise SystemExit(f"{files[0]} is empty")
+    if len(texts) != len(wanted):
         raise SystemExit(f"{files[0]} has {len(texts)} lines and {files[1]} has {len(wanted)}: they seem to "
                          f"part near line {first_gap(texts, wanted) + 1}")
     if arch == "encoder":
@@ -344,7 +352,7 @@ def score(model, tokenizer, meta, names, batch_size, n, **beams):
     rows = [([BOS] + tgt[:T - 1], tgt[:T - 1] + [EOS], src[:T - 1] + [EOS]) for src, tgt in zip(*sides)]
     line, _ = likelihood(model, rows, batch_size)
     answers, _ = translate(model, tokenizer, texts, batch_size=batch_size, max_new_tokens=n, progress=True,
-                             **beams)
+                           **beams)
     value, signature = marks(meta, answers, wanted)
     name = "exact match" if meta["metric"] == "exact" else "BLEU"
     return [f"{line}, given the true tokens before each",

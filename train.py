@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from model import CHOICES, ModelConfig, WaveletTransformer
 from prepare_data import PAD, Parser, Tokenizer, comma_separated, draw_curves, load_meta, lock, macro_f1, need
 from prepare_data import open_split, prepare, replacing, roc_auc, stopped
-from sample import FORMAT, KINDS, build, keep_freed_pages, load_checkpoint, marks, one_line, read_lines
-from sample import refuse_idle, register, there, translate
+from sample import FORMAT, KINDS, build, compile_blocks, keep_freed_pages, load_checkpoint, marks, one_line
+from sample import read_lines, refuse_idle, register, there, translate
 
 PRESETS = {  # flags on the command line come first, then the preset, then what the data set says
     "laptop": dict(),  # the defaults below; chosen on a CPU
@@ -352,9 +352,7 @@ if compiled:
     try:  # something small shows whether there is a compiler
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: x.sin().sum())(x).backward()
-        for block in [*getattr(model, "encoder", ()), *getattr(model, "decoder", ())]:
-            block.compile(dynamic=True)  # one graph for all lengths, and for all blocks that are alike
-        torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, which a hybrid has many of
+        compile_blocks(model)
     except Exception as e:
         compiled, why = False, "no compiler"
         say(f"no compiler works here ({one_line(e)}): going on without, as --compile=False does at once")
@@ -523,11 +521,12 @@ def average():
     paths = kept_weights()
     if not paths:
         stop(f"{out} has no weights of earlier evaluations to average: leave out --average", 2)
-    states = [load_checkpoint(path)["model"] for path in paths]
-    mean = {name: sum(state[name].double() for state in states) / len(states) for name in states[0]}
+    states = [load_checkpoint(path) for path in paths]
+    weights = [state["model"] for state in states]
+    mean = {name: sum(w[name].double() for w in weights) / len(weights) for name in weights[0]}
     model.load_state_dict(mean)
-    state = dict(load_checkpoint(paths[-1]), model=model.state_dict())
-    write(f"{out}/average.pt", lambda f: torch.save(state, f), "wb")
+    last = dict(states[-1], model=model.state_dict())
+    write(f"{out}/average.pt", lambda f: torch.save(last, f), "wb")
     say(f"average      of the weights at {len(paths)} evaluations, in {out}/average.pt")
 
 had = ckpt["config"] if ckpt else settings
