@@ -467,8 +467,10 @@ def speed(args):
     for name in names:
         stored = "stored" in name
         mine = [T for T in lengths if CUDA or args.lengths or T <= 4096 or not stored]
-        # a GPU compiles once for all lengths; on a CPU each wants a peak of its own
-        jobs += [(cell, name, mine, card)] if CUDA else [(cell, name, [T], card) for T in mine]
+        if CUDA:  # compiles once for all lengths
+            jobs.append((cell, name, mine, card))
+        else:  # each wants a peak of its own
+            jobs += [(cell, name, [T], card) for T in mine]
         if SPEED[name][1] and not stored and isinstance(SPEED[name][0], str):
             jobs.append((decode_cell, name, [args.prompt], card))
     fresh = get_context("forkserver")

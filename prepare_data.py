@@ -146,7 +146,9 @@ def first_gap(a, b):  # where two sides part: lengths of true pairs go together,
     x, y = (np.log1p([len(row) for row in side[:min(len(a), len(b))]]) for side in (a, b))
     shift = np.median(x - y)
     by_chance = np.abs(x - np.random.default_rng(0).permutation(y) - shift).mean()
-    return int(np.argmax(np.cumsum(np.r_[0, 0.75 * by_chance - np.abs(x - y - shift)])))
+    # up to the gap most rows are nearer than chance would have them, behind it they are not
+    nearer = 0.75 * by_chance - np.abs(x - y - shift)
+    return int(np.argmax(np.cumsum(np.r_[0, nearer])))
 
 def json_rows(whole):
     def number(digits):  # the label 1.0 is the label 1

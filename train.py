@@ -504,8 +504,9 @@ def save(evaluated, best=False):
         write(best_path, lambda f: torch.save(state, f), "wb")
     if evaluated and cfg.average:
         write(f"{out}/weights-{iter_num:08d}.pt", lambda f: torch.save(state, f), "wb")
-        for older in kept_weights()[:-cfg.average] if master else []:
-            os.remove(older)
+        if master:
+            for older in kept_weights()[:-cfg.average]:
+                os.remove(older)
     last = dict(state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=settings,
                 evaluated=evaluated, skipped=skipped, in_a_row=in_a_row, sums=sums.tolist(),
                 seconds=seconds + time.time() - t_start, log_bytes=os.path.getsize(log_path) if master else 0)
