@@ -231,7 +231,7 @@ def delayed(x, n, step, stride, T):  # x (B, N, C) -> for m < n: x[stride k + m 
 def filtered(lags, taps):  # their sum, weighed by taps (F, C)
     y = taps[0] * lags[0]
     for m in range(1, len(taps)):
-        y = torch.addcmul(y, taps[m], lags[m])
+        y += taps[m] * lags[m]
     return y
 
 def analyze(x, low, high, n=None):
@@ -262,7 +262,7 @@ def synthesize(a, d, low, high, n=None):
         y = 0
         for m in range((r + p) % 2, len(low), 2):  # the taps whose parity reaches them
             k = reach + (r + p - m) // 2
-            y = y + low[m] * a[:, k:k + K] + high[m] * d[:, k:k + K]
+            y += low[m] * a[:, k:k + K] + high[m] * d[:, k:k + K]
         halves.append(y)
     return torch.stack(halves, 2).flatten(1, 2)
 
@@ -440,14 +440,15 @@ class Haar(nn.Module):
             after = a if state is None else torch.cat((state, a), 1)
             y = self.block(after, mask)[:, after.size(1) - x.size(1):]
         else:
-            bands, after = [], []
+            y, after = 0, []
             for l in range(self.L):
-                past, pair = None if state is None else state[l], self.wavelet.filters(l)
-                (a, d), past = undecimated(a, pair, 2 ** l, self.causal, past)
+                low, high = self.wavelet.filters(l)
+                pair = low, self.weight[l] * high  # so that its detail is weighed
+                (a, d), past = undecimated(a, pair, 2 ** l, self.causal, None if state is None else state[l])
                 a = masked(a, mask)  # padding stays zero, as what lies beyond the end
-                bands.append(d)
+                y += d
                 after.append(past)
-            y = filtered([*bands, a], self.weight[:, 0])
+            y += self.weight[self.L] * a
         return self.c_proj(y) if state is None else (self.c_proj(y), after)
 
     def block(self, a, mask):  # the paper's, down through the levels and up again, zeros beyond the ends
@@ -523,6 +524,9 @@ def features(x, R, kind, query=False):
     u = x @ R if query else R.mT @ x.mT
     return (u + u.abs()) / 2 if torch.compiler.is_compiling() else F.relu(u)  # with a mask
 
+def with_ones(v, mask):  # (B, H, T, dh + 1), the last for the denominator; zero where mask (B, T) is False
+    v = F.pad(v, (0, 1), value=1.0)
+    return v if mask is None else v * mask[:, None, :, None]
 def normalise(y):  # sums (..., dh + 1) -> the first dh over the last
     return y[..., :-1] / (y[..., -1:] + 1e-6)
 
@@ -594,20 +598,19 @@ class Wersa(Attention):
         mask, (B, T, C) = as_mask(mask), x.shape
         t, total, past, S = (0, 0, None, None) if state is None else state
         qk, v = self.c_attn(x).split([2 * C, C], -1)
-        real = qk.new_ones(1, T, 1) if mask is None else mask[..., None].to(qk.dtype)
         if self.L > 0:
-            qk = qk * real
+            qk = masked(qk, mask)
             q = wide(qk[..., :C])
             if self.causal:
                 sums = total + q.cumsum(1)
                 mean = sums / torch.arange(t + 1, t + T + 1, device=x.device)[:, None]
                 total = sums[:, -1:].clone()
             else:
-                mean = q.sum(1, keepdim=True) / wide(real).sum(1, keepdim=True).clamp(min=1)
+                real = T if mask is None else mask.sum(1)[:, None, None].clamp(min=1)
+                mean = q.sum(1, keepdim=True) / real
             qk, past = self.weigh(qk, mean.to(x.dtype), mask, past)
         q, k, v = (wide(self.heads(u)) for u in (*qk.chunk(2, -1), v))  # (B, H, T, dh)
-        q, k = self.placed(q, t), self.placed(k, t)
-        v = F.pad(v, (0, 1), value=1.0) * real[:, None]  # beside it the denominator's ones
+        q, k, v = self.placed(q, t), self.placed(k, t), with_ones(v, mask)
         R = self.R.to(q.dtype)
         with no_autocast(x):
             if self.causal:
@@ -675,10 +678,9 @@ class CrossWersa(CrossAttention):
 
     def digest(self, memory, mask=None):
         k, v, mask = super().digest(memory, mask)
-        v = F.pad(wide(v), (0, 1), value=1.0)
-        v = v if mask is None else v * mask[:, None, :, None]
+        k, v = wide(k), with_ones(wide(v), mask)
         with no_autocast(memory):
-            return digest(wide(k), v, self.R.to(v.dtype), self.kind)
+            return digest(k, v, self.R.to(k.dtype), self.kind)
 
     def read(self, x, source, t=0):
         q = wide(self.placed(self.heads(self.c_q(x)), t, self.ratio))
@@ -854,9 +856,8 @@ class WaveletTransformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, src=None, temperature=1.0, top_k=None):
-        """Continue idx (B,T) -> (B, T + max_new_tokens); temperature 0 = argmax. Rows of unequal length,
-        padded behind, go on each at its own end. The prompt is read at once, what outlasts its shortest row
-        by the token."""
+        """Continue idx (B,T) -> (B, T + max_new_tokens); temperature 0 = argmax. The prompt is read at once,
+        what outlasts its shortest row by the token. Rows, padded behind, go on each at its own end."""
         check(temperature >= 0, f"--temperature={temperature} must be at least 0")
         check(top_k is None or top_k >= 1, f"--top_k={top_k} must be at least 1")
         check(idx.size(1) > 0 <= max_new_tokens, "generate takes a token or more and adds 0 or more")
@@ -893,8 +894,7 @@ if __name__ == "__main__":  # a tour
     x = torch.randn(1, 100, 64, requires_grad=True)
     for name in ("attention", "haar", "wavspa", "wersa"):
         mixer = build_mixer(ModelConfig(mixer=name, n_embd=64), causal=True)
-        size = sum(p.numel() for p in mixer.parameters())
         y, state = mixer(x, state=mixer.init_state(1))
         kept = sum(torch.as_tensor(s).numel() for s in torch.utils._pytree.tree_leaves(state))
         leak = torch.autograd.grad(y[:, :50].sum(), x)[0][:, 50:].abs().max()
-        print(f"{name}: {size:,} parameters, state {kept:,} numbers, leak {leak:g}")
+        print(f"{name}: state of {kept:,} numbers, leak {leak:g}")
