@@ -701,14 +701,14 @@ class Aligned(CrossAttention):
         if cfg.cross_kind == "place":
             self.c_q, self.c_kv = None, nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def digest(self, memory, mask=None):  # -> (B, S + 1, 2C + 1): keys, values and ones, added up; lengths
-        real = memory.new_ones(memory.shape[:2]) if mask is None else as_mask(mask).to(memory.dtype)
-        kv = F.pad(wide(self.c_kv(memory)), (0, 1), value=1.0) * real[..., None]
-        return F.pad(kv.cumsum(1), (0, 0, 1, 0)), lengths(real > 0)
+    def digest(self, memory, mask=None):  # -> keys and values, (B, S + 1, 2C), and ones, added up; lengths
+        real = memory.new_ones(memory.shape[:2]).bool() if mask is None else as_mask(mask)
+        sums = masked(wide(self.c_kv(memory)), real).cumsum(1)
+        return F.pad(sums, (0, 0, 1, 0)), F.pad(real.cumsum(1), (1, 0)), lengths(real)
 
     def read(self, x, source, t=0):
         # a chunk of c targets shares the blocks that any of them may look at; each sees its own by a mask
-        (sums, n), (T, C), H = source, x.shape[1:], self.n_head
+        (sums, real, n), (T, C), H = source, x.shape[1:], self.n_head
         c = 1 if T == 1 else self.chunk
         x = F.pad(x, (0, 0, 0, c))[:, :(T + c - 1) // c * c].unflatten(1, (-1, c))  # (B, chunks, c, C)
         at = (torch.arange(t, t + x.size(1) * c, device=x.device) * self.ratio).long()
@@ -719,20 +719,20 @@ class Aligned(CrossAttention):
             first += 2 * w + 1
         level, place, reach, first = torch.tensor(edges, device=x.device).unbind(1)  # (R + 1,)
         j = (at[:, :, :1] >> level) + place  # (B, chunks, R + 1)
-        before = pick(sums, (j << level).clamp(0, sums.size(1) - 1).flatten(1)).unflatten(1, j.shape[1:])
-        block = before[:, :, 1:] - before[:, :, :-1]  # (B, chunks, R, 2C + 1), 0 beyond the ends
-        kv, count = block.split([block.size(-1) - 1, 1], -1)
-        kv = (kv / count.clamp(min=1)).unflatten(-1, (-1, H, C // H)).transpose(2, 4)
+        edge = (j << level).clamp(0, sums.size(1) - 1).flatten(1)
+        count = real.gather(1, edge).view_as(j).diff()  # (B, chunks, R) tokens in a block
+        kv = pick(sums, edge).unflatten(1, j.shape[1:]).diff(dim=2) / count.clamp(min=1)[..., None]
+        *keys, values = kv.unflatten(-1, (-1, H, C // H)).transpose(2, 4).unbind(3)  # (B, chunks, H, R, dh)
         far = j[:, :, None, :-1] - (at[..., None] >> level[:-1])  # (B, chunks, c, R) in blocks
-        seen = (far.abs() <= reach[:-1]) & (count.mT > 0) & (level[1:] == level[:-1])
+        seen = (far.abs() <= reach[:-1]) & (count > 0)[:, :, None] & (level[1:] == level[:-1])
         slot = torch.where(seen, far + first[:-1], -1)[:, :, None]  # (B, chunks, 1, c, R)
         logits = wide(self.place(x)).unflatten(-1, (H, -1)).transpose(2, 3)
         logits = logits.gather(-1, slot.clamp(min=0).expand(-1, -1, H, -1, -1))  # (B, chunks, H, c, R)
-        if self.c_q is not None:
+        if keys:
             q = wide(self.c_q(x)).unflatten(-1, (H, -1)).transpose(2, 3)
-            logits = logits + q @ kv[:, :, :, 0].mT / math.sqrt(C // H)  # kv (B, chunks, H, k or v, R, dh)
+            logits = logits + q @ keys[0].mT / math.sqrt(C // H)
         weights = logits.masked_fill(slot < 0, -1e9).softmax(-1)
-        y = (weights @ kv[:, :, :, -1]).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, chunks * c, C)
+        y = (weights @ values).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, chunks * c, C)
         return self.c_proj(y[:, :T].to(x.dtype).clone(memory_format=torch.contiguous_format))  # as in haar
 
 CROSSES = {"attention": CrossAttention, "wersa": CrossWersa, "aligned": Aligned, "place": Aligned}
