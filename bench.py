@@ -1007,7 +1007,8 @@ suite("smoke", "a miniature of three suites", "--n_embd=32 --n_head=2 --batch_si
 # quality: the runner
 
 COLUMNS = ("suite arm seed learning_rate params steps seconds val_loss test_loss test_metric metric n "
-           "trivial groups far data_rows data_tokens data_seconds git machine torch threads flags").split()
+           "trivial groups far lowercased data_rows data_tokens data_seconds git machine torch threads "
+           "flags").split()
 
 def last(flags, name, default=None):
     """What the last --name= of these flags says."""
@@ -1092,6 +1093,7 @@ def train_one(args, arm, seed, rate, flags, data_dir, git, threads):
     row = dict(result, suite=args.suite, arm=arm, seed=seed, learning_rate=rate, flags=" ".join(flags),
                git=git, machine=machine_name(), torch=torch.__version__, threads=threads)
     row.update({f"data_{k}": v for k, v in result["data"].items()})
+    row["lowercased"] = result["test"].get("lowercased", "")  # BLEU
     row["groups"] = result["test"].get("groups", {})
     row.update({k: json.dumps(row[k]) for k in ("far", "trivial", "groups")})
     keep_translations(args, out, row)
@@ -1209,6 +1211,9 @@ def table(path):
     beyond = [] if early else next(iter(far.values()))[0]
     rates = sorted({r["learning_rate"] for r in rows}, key=float)
     head = ["arm", "parameters", f"{rows[0]['metric']}, test"]
+    lowercased = all(r.get("lowercased") for rs in best.values() for r in rs)
+    if lowercased:
+        head.append("lower-cased")
     order = in_order(best)
     others = dict.fromkeys([next(iter(best)), order[0]])  # held against the first arm, and against the best
     head += [*(f"at up to {f['block_size']} tokens" for f in beyond), "test loss", "n"]
@@ -1218,6 +1223,8 @@ def table(path):
     for arm in order:
         rs = best[arm]
         line = [arm, f"{int(rs[0]['params']):,}", said(score(rs))]
+        if lowercased:
+            line.append(said(score(rs, "lowercased")))
         line += [said([f[i]["metric"] for f in far[arm]]) for i in range(len(beyond))]
         line += [said(score(rs, "test_loss")), len(rs), *(against(rs, best[other]) for other in others)]
         if len(rates) > 1:
