@@ -390,7 +390,8 @@ def idwt(bands, h="haar", n=None):
 def daubechies(n):
     """The 2n taps of dbN, n = N in 1..20 (1 is Haar) or its name: float64 (2n,), sum sqrt(2). |H|^2 less its
     zeros at -1 is a polynomial (1992, section 6.1); an FFT finds its minimum-phase root to the last digit."""
-    name, known = n if isinstance(n, str) else "haar" if n == 1 else f"db{n}", CHOICES["wavelet"]
+    name = n if isinstance(n, str) else "haar" if n == 1 else f"db{n}"
+    known = CHOICES["wavelet"]
     check(name in known, f"wavelet {name} is unknown, use one of: {' '.join(known)}")
     n = 1 if name == "haar" else int(name[2:])
     w = 2 * math.pi * torch.arange(4096, dtype=torch.float64, device="cpu") / 4096
@@ -452,12 +453,13 @@ class Haar(nn.Module):
         return self.c_proj(y) if state is None else (self.c_proj(y), after)
 
     def block(self, a, mask):  # the paper's, down through the levels and up again, zeros beyond the ends
-        T, details, size = a.size(1), [], 2 ** self.L
+        T, size = a.size(1), 2 ** self.L
         if not torch.compiler.is_compiling() and T > size:
             warnings.warn(f"decimated haar: nothing leaves a block of {size} tokens, of {T}: raise --levels")
         whole = (T + size - 1) // size * size  # padded behind, so that every level halves
         a = F.pad(a, (0, 0, 0, whole - T))
         mask = F.pad(a.new_ones(1, T).bool() if mask is None else mask, (0, whole - T))
+        details = []
         for l in range(self.L):
             low, high = self.wavelet.filters(l)
             p = len(low) // 2 - 1
@@ -488,7 +490,7 @@ class Wavspa(nn.Module):
         return self.wavelet.init_past(B, device=device, dtype=dtype), inner
 
     def forward(self, x, mask=None, state=None):
-        mask, states = as_mask(mask), []
+        mask = as_mask(mask)
         n = None if mask is None else lengths(mask)
         x = masked(x, mask)
         past, inner = (None, None) if state is None else state
@@ -496,8 +498,10 @@ class Wavspa(nn.Module):
             bands, past = self.wavelet.undecimated(x, self.causal, mask, past)
         else:
             bands = self.wavelet.dwt(x, n)
+        states = []
         for i, band in enumerate(bands):
-            mixer, band = self.inner[i % len(self.inner)], band + self.band[i]
+            mixer = self.inner[i % len(self.inner)]
+            band = band + self.band[i]
             if state is not None:
                 bands[i], after = mixer(band, state=inner[i])
                 states.append(after)
@@ -595,7 +599,8 @@ class Wersa(Attention):
         return sum(bands) if self.undecimated else self.wavelet.idwt(bands, n)[:, :qk.size(1)], past
 
     def forward(self, x, mask=None, state=None):
-        mask, (B, T, C) = as_mask(mask), x.shape
+        mask = as_mask(mask)
+        B, T, C = x.shape
         t, total, past, S = (0, 0, None, None) if state is None else state
         qk, v = self.c_attn(x).split([2 * C, C], -1)
         if self.L > 0:
@@ -708,7 +713,8 @@ class Aligned(CrossAttention):
 
     def read(self, x, source, t=0):
         # a chunk of c targets shares the blocks that any of them may look at; each sees its own by a mask
-        (sums, real, n), (T, C), H = source, x.shape[1:], self.n_head
+        sums, real, n = source
+        T, C, H = x.size(1), x.size(2), self.n_head
         c = 1 if T == 1 else self.chunk
         x = F.pad(x, (0, 0, 0, c))[:, :(T + c - 1) // c * c].unflatten(1, (-1, c))  # (B, chunks, c, C)
         at = (torch.arange(t, t + x.size(1) * c, device=x.device) * self.ratio).long()
@@ -747,7 +753,8 @@ class Block(nn.Module):
         self.ln_1, self.mixer = nn.LayerNorm(cfg.n_embd, bias=False), build_mixer(cfg, causal)
         if cross:
             self.ln_x, self.cross = nn.LayerNorm(cfg.n_embd, bias=False), build_cross(cfg)
-        C, self.ln_2 = cfg.n_embd, nn.LayerNorm(cfg.n_embd, bias=False)
+        C = cfg.n_embd
+        self.ln_2 = nn.LayerNorm(C, bias=False)
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C, bias=False), nn.GELU(), nn.Linear(4 * C, C, bias=False))
         self.drop = nn.Dropout(cfg.dropout)
 
@@ -848,7 +855,8 @@ class WaveletTransformer(nn.Module):
         return dict(t=0, mixers=mixers, sources=self.digest(src))
 
     def decode(self, idx, state):  # idx (B, T) goes on where state stopped -> logits (B, T, V), state
-        t, x, mixers = state["t"], self.embed(idx, state["t"]), []
+        t, mixers = state["t"], []
+        x = self.embed(idx, t)
         for block, mixer, source in zip(self.decoder, state["mixers"], state["sources"]):
             x, after = block(x, None, source, mixer, t)
             mixers.append(after)
@@ -861,8 +869,9 @@ class WaveletTransformer(nn.Module):
         check(temperature >= 0, f"--temperature={temperature} must be at least 0")
         check(top_k is None or top_k >= 1, f"--top_k={top_k} must be at least 1")
         check(idx.size(1) > 0 <= max_new_tokens, "generate takes a token or more and adds 0 or more")
-        was_training, n = self.training, lengths(as_mask(idx != self.config.pad_id))
-        ids, t = F.pad(idx, (0, max_new_tokens), value=self.config.pad_id), 0
+        n = lengths(as_mask(idx != self.config.pad_id))
+        ids = F.pad(idx, (0, max_new_tokens), value=self.config.pad_id)
+        was_training, t = self.training, 0
         try:
             self.eval()
             state = self.init_state(len(idx), src)
@@ -889,12 +898,3 @@ class WaveletTransformer(nn.Module):
         rest = [p for p in self.parameters() if id(p) not in matrices]
         groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
-
-if __name__ == "__main__":  # a tour
-    x = torch.randn(1, 100, 64, requires_grad=True)
-    for name in ("attention", "haar", "wavspa", "wersa"):
-        mixer = build_mixer(ModelConfig(mixer=name, n_embd=64), causal=True)
-        y, state = mixer(x, state=mixer.init_state(1))
-        kept = sum(torch.as_tensor(s).numel() for s in torch.utils._pytree.tree_leaves(state))
-        leak = torch.autograd.grad(y[:, :50].sum(), x)[0][:, 50:].abs().max()
-        print(f"{name}: state of {kept:,} numbers, leak {leak:g}")

@@ -1042,12 +1042,6 @@ def test_random_configurations():
         close(chunked(m, x, cuts=(1,) * (T // 2) + (T - T // 2,))[0], y)
     promises()
 
-# catches: a tour that ends in a traceback, or a leak
-def test_model_py_shows_what_it_is():
-    said = subprocess.run([sys.executable, M.__file__], capture_output=True, text=True, check=True).stdout
-    for name in ("attention", "haar", "wavspa", "wersa"):
-        assert re.search(rf"^{name}: state of [\d,]+ numbers, leak 0$", said, re.M)
-
 # catches: growth that nobody decided
 def test_model_py_stays_readable():
     with open(M.__file__, encoding="utf-8") as f:
