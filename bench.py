@@ -1261,7 +1261,8 @@ def overall():
             for rs in (best.get(name) for name in names):
                 size = int(rs[0]["params"]) / 1e6 if rs else 0
                 line.append(f"{said(score(rs))}, n = {len(rs)}, {size:.2f} M" if rs else "")
-            lines.append([f"{suite}: {metric}, {'less' if metric in LOWER else 'more'} is better", *line])
+            if sum(map(bool, line)) > 1:  # a mixer alone says nothing
+                lines.append([f"{suite}: {metric}, {'less' if metric in LOWER else 'more'} is better", *line])
     return as_table(["", *names], lines) if lines else ""
 
 def overview(runs):
