@@ -501,11 +501,17 @@ def load_runs(path):
         raise SystemExit(f"{path} holds no list of runs of bench.py speed --json: move it away")
     return runs
 
+def by_machine(runs):
+    """Runs on one kind of machine belong together -> a list of such lists, the longest first."""
+    kinds = {}
+    for run in runs:
+        kind = tuple(run["card"][k] for k in ("name", "dtype", "n_embd", "n_head", "threads"))
+        kinds.setdefault(kind, []).append(run)
+    return sorted(kinds.values(), key=len, reverse=True)
+
 def merged(runs):
-    """Runs on the last one's kind of machine -> what it was, {(arm, T, form): cell}. A figure is the median
-    of their medians, a ratio has the range, of one run p20 and p80. sure: in every run p20 is above 1."""
-    kind = ("name", "dtype", "n_embd", "n_head", "threads")
-    runs = [run for run in runs if all(run["card"][k] == runs[-1]["card"][k] for k in kind)]
+    """Runs on one kind of machine -> what it was, {(arm, T, form): cell}. A figure is the median of their
+    medians, a ratio has the range, of one run p20 and p80. sure: in every run p20 is above 1."""
     found, cells = {}, {}
     for run in runs:
         for c in run["cells"]:
@@ -558,11 +564,11 @@ def as_table(head, rows):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
-def speed_tables(runs, names=None):
-    """What speed has found, as Markdown; names: the short tables, of these arms alone."""
+def speed_tables(runs):
+    """What speed has found on one kind of machine, as Markdown."""
     where, cells = merged(runs)
     lengths = sorted({T for _, T, form in cells if form == "eager"})
-    arms = names or [name for name in SPEED if any(arm == name for arm, _, _ in cells)]
+    arms = [name for name in SPEED if any(arm == name for arm, _, _ in cells)]
     at, nothing, rows = AT if AT in lengths else lengths[-1], dict(ratio=""), []
     yield f"{where}. One row, forward and backward: times as fast as what it stands against, {at:,} tokens.\n"
     for name in arms:
@@ -577,8 +583,6 @@ def speed_tables(runs, names=None):
                 rows[-1].append(f"{max(c['of_floor'], compiled.get('of_floor', 0)):.0%}")
     head = ["", "against", "eager", "ahead from T", "compiled", "ahead from T", "its memory"]
     yield as_table(head + ["of the GPU's limit"] * (len(rows[0]) > len(head) if rows else 0), rows)
-    if names:
-        return
     rows = [[arm, *(f"{ms:.3f}" for ms in c["ms"]), f"{T:,}", f"{c['seconds']:.3f}", c["ratio"]]
             for (arm, T, form), c in cells.items() if form == "decode" and arm in arms]
     if rows:
@@ -599,11 +603,27 @@ def speed_tables(runs, names=None):
         if rows:
             yield "\n" + as_table([f"{form}, {unit}", *(f"T={T:,}" for T in lengths)], rows)
 
+def all_speed_tables(runs):
+    return "\n\n".join("\n".join(speed_tables(alike)).strip() for alike in by_machine(runs))
+
+def short_speed_table(runs):
+    """The README's rows: how many times as fast on each kind of machine."""
+    head, rows, where = ["", "against"], [[name, SPEED[name][2]] for name in SHOWN], []
+    for alike in by_machine(runs):
+        _, cells = merged(alike)
+        name, threads = (alike[0]["card"][k] for k in ("name", "threads"))
+        commits = " ".join(dict.fromkeys(run["card"]["git"] for run in alike))
+        where.append(f"{name}, {threads} threads, commits {commits}")
+        head += [f"{name}: eager", "compiled"]
+        for row in rows:
+            row += [cells.get((row[0], AT, form), dict(ratio=""))["ratio"] for form in ("eager", "compiled")]
+    return f"{'; '.join(where)}.\n\n{as_table(head, rows)}"
+
 def run_table(path):
     """A file of runs of speed, or the last run of another command, as Markdown."""
     runs = load_runs(path)
     if "cells" in runs[-1]:
-        return "\n".join(speed_tables(runs)).strip()
+        return all_speed_tables(runs)
     card, rows = runs[-1]["card"], runs[-1]["rows"]
     made = ", ".join(f"{k} {v}" for k, v in card.items())
     return f"{made}.\n\n{as_table(rows[0], [row.values() for row in rows])}"
@@ -620,8 +640,10 @@ def figure(path, n, size):
     plt.close(fig)
 
 def against_length(ax, runs, names):
-    """Time of these arms by length, the faster of eager and compiled; causal ones dashed."""
-    cells = merged(runs)[1]
+    """Time of these arms by length, the faster of eager and compiled, on the machine with most runs; causal
+    ones dashed."""
+    alike, *_ = by_machine(runs)
+    _, cells = merged(alike)
     for name in names:
         points = {}
         for arm, T, form in sorted(cells):
@@ -631,7 +653,7 @@ def against_length(ax, runs, names):
             width = 2.5 if name in (FLASH, CAUSAL) else 1.2
             dashes = "--" if "causal" in name else "-"
             ax.plot(*zip(*points.items()), marker=".", ls=dashes, lw=width, label=name)
-    ax.set(yscale="log", xlabel="tokens", ylabel="ms", title="forward and backward, eager or compiled")
+    ax.set(yscale="log", xlabel="tokens", ylabel="ms", title=f"{alike[0]['card']['name']}: forward and backward")
     ax.set_xscale("log", base=2)
     ax.legend(fontsize=7)
 
@@ -1310,8 +1332,7 @@ def report(args):
             text = text.replace("## Negative results", section + "## Negative results", 1)
     main = {"results": overall()}
     if runs:
-        blocks["speed"] = "\n".join(speed_tables(runs)).strip()
-        main["speed"] = "\n".join(speed_tables(runs, SHOWN)).strip()
+        blocks["speed"], main["speed"] = all_speed_tables(runs), short_speed_table(runs)
         with figure(RESULTS / "speed.png", 1, (7, 5)) as ax:
             against_length(ax, runs, SPEED)
     with replacing(own) as f:

@@ -2694,7 +2694,8 @@ def test_text_of_several_files(tmp_path):
 
 
 def test_speed_bench(tmp_path):
-    # catches: a base that is left out, a run that overwrites the earlier ones, a crossover that is not sure
+    # catches: a base that is left out, a run that overwrites the earlier ones, a crossover that is not sure, two
+    # kinds of machines in one median
     import bench
     arm = "wersa, causal, m=128"
     flags = ["--lengths=64,256", f"--only={arm}", "--compile=False", "--prompt=300", "--json=s.json"]
@@ -2717,6 +2718,9 @@ def test_speed_bench(tmp_path):
         c["ratio"] = [0.1, 0.2, 0.3]
     assert bench.crossover(bench.merged(slow)[1], arm, "eager").startswith("not up to")
     assert len(both) == len(cells)
+    elsewhere = copy.deepcopy(runs[0])
+    elsewhere["card"]["name"] = "another"
+    assert bench.by_machine([elsewhere, *runs]) == [runs, [elsewhere]]
 
 
 def test_fast_forward_is_the_state_at_that_position():
