@@ -653,7 +653,8 @@ def against_length(ax, runs, names):
             width = 2.5 if name in (FLASH, CAUSAL) else 1.2
             dashes = "--" if "causal" in name else "-"
             ax.plot(*zip(*points.items()), marker=".", ls=dashes, lw=width, label=name)
-    ax.set(yscale="log", xlabel="tokens", ylabel="ms", title=f"{alike[0]['card']['name']}: forward and backward")
+    where = alike[0]["card"]["name"]
+    ax.set(yscale="log", xlabel="tokens", ylabel="ms", title=f"{where}: forward and backward")
     ax.set_xscale("log", base=2)
     ax.legend(fontsize=7)
 

@@ -2694,8 +2694,8 @@ def test_text_of_several_files(tmp_path):
 
 
 def test_speed_bench(tmp_path):
-    # catches: a base that is left out, a run that overwrites the earlier ones, a crossover that is not sure, two
-    # kinds of machines in one median
+    # catches: a base that is left out, a run that overwrites the earlier ones, a crossover that is not sure,
+    # two kinds of machines in one median
     import bench
     arm = "wersa, causal, m=128"
     flags = ["--lengths=64,256", f"--only={arm}", "--compile=False", "--prompt=300", "--json=s.json"]
