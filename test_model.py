@@ -49,6 +49,7 @@ from model import ModelConfig, Wavelet, WaveletTransformer, build_cross, build_m
 from prepare_data import Tokenizer, de, en
 from sample import beam_search, draw, load_checkpoint, load_model, translate
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of scripts: a second thread that waits for a core costs tenfold
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 pytestmark = pytest.mark.filterwarnings("ignore:decimated haar")
@@ -932,7 +933,8 @@ def test_one_graph_for_all_lengths(text, arch, monkeypatch):
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
-    run = torch.compile(transformer(text, arch, block_size=128), dynamic=True, backend=count, fullgraph=True)
+    m = transformer(f"{text} n_layer={1 + text.count(',')}", arch, block_size=128)
+    run = torch.compile(m, dynamic=True, backend=count, fullgraph=True)
     for i, T in enumerate((40, 48, 57, 64, 65, 80, 99, 104, 120, 128)):
         idx, src = tokens(2 + i % 2, T), tokens(2 + i % 2, T + 3, seed=2)
         labels = tokens(2 + i % 2, seed=3, high=2)
@@ -1055,7 +1057,8 @@ def test_model_py_stays_readable():
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = """--device=cpu --n_embd=16 --n_head=2 --n_layer=1 --batch_size=8 --max_iters=12 --warmup_iters=2
-    --dropout=0.1 --eval_interval=4 --log_interval=1 --eval_rows=16 --metric_rows=2""".split()
+    --dropout=0.1 --eval_interval=4 --log_interval=1 --eval_rows=16 --metric_rows=2
+    --eval_block_size=0""".split()
 ENDLESS = ["--max_iters=100000", "--eval_interval=100000"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 # python -c LIMITED BYTES SCRIPT FLAGS: no file may grow beyond so many bytes
@@ -1118,7 +1121,7 @@ class Forked:
 def start(script, *flags, cwd, launcher=()):
     if not launcher:
         return Forked(script, flags, cwd)
-    env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    env = dict(os.environ, HF_HUB_OFFLINE="1")
     argv = [sys.executable, *launcher, os.path.join(HERE, script), *flags]
     return subprocess.Popen(argv, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -1527,6 +1530,7 @@ def test_a_closed_terminal_saves(work):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(work)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup had ignored
         train = os.path.join(HERE, "train.py")
         os.execv(sys.executable, [sys.executable, train, *TINY, *ENDLESS, "--out_dir=closed"])
     while len(logged(work, "closed")) < 5:
@@ -1612,8 +1616,8 @@ def test_the_curves_are_drawn(work):
 
 def test_fine_tuning(work):
     # catches: fresh weights without a word, flags to repeat, embeddings of other words, a restart at step 0
-    flags = """--device=cpu --eval_rows=16 --metric_rows=2 --eval_block_size=0 --batch_size=8 --warmup_iters=2
-        --max_iters=2 --init_from=whole/best.pt --out_dir=tuned""".split()
+    flags = """--device=cpu --eval_rows=16 --metric_rows=2 --eval_block_size=0 --batch_size=8
+        --warmup_iters=2 --max_iters=2 --init_from=whole/best.pt --out_dir=tuned""".split()
     said = run("train.py", *flags, cwd=work)
     best = load_checkpoint(f"{work}/whole/best.pt")["best_loss"]
     assert f"step 00000/00002 | val loss {best:.4f}" in said
@@ -1674,7 +1678,7 @@ def test_compiled_block_by_block(work):
     path = f"{work}/counted.py"
     with open(path, "w") as f:
         f.write(COUNTED)
-    flags = [*TINY, "--mixer=haar", "--n_layer=3", "--max_iters=14", "--eval_block_size=0"]
+    flags = [*TINY, "--mixer=haar", "--n_layer=3", "--max_iters=14"]
     said = run(path, *flags, "--compile=True", "--out_dir=quick", cwd=work)
     assert re.findall(r"graphs (\d+)", said)[-1] == "3" and said.count("compiled in ") == 1
     run("train.py", *flags, "--out_dir=plain", cwd=work)
@@ -2016,7 +2020,7 @@ def fault_not_finite(work, rng, tries):
         bad, value = sorted(rng.choice(range(1, 12), 3, replace=False).tolist()), ("nan", "inf")[i % 2]
         with open(f"{work}/sick.py", "w") as f:
             f.write(source.replace(factor, f"{factor} * (float('{value}') if iter_num in {bad} else 1)"))
-        env = dict(os.environ, PYTHONPATH=HERE, OMP_NUM_THREADS="1")
+        env = dict(os.environ, PYTHONPATH=HERE)
         argv = [sys.executable, "sick.py", *TINY, "--mixer=haar", "--out_dir=sick"]
         p = subprocess.run(argv, cwd=work, env=env, capture_output=True)
         skipped = [int(row["skipped"]) for row in logged(work, "sick") if row["loss"]]
@@ -2230,6 +2234,7 @@ def test_token_labels_groups_and_longer_rows_through_training(work):
     prepare("lego", data, rows=400, n_links=2, n_tr=1)
     prepare("recall", data, rows=800, n_pairs=2, n_keys=4)
     flags = [*LEARN, "--n_embd=32", "--max_iters=200", "--dropout=0", "--mixer=attention", "--gate=False"]
+    flags.remove("--eval_block_size=0")  # its default is what long needs
     said = run("train.py", *flags, "--dataset=lego", "--out_dir=lego", cwd=work)
     result = result_of(f"{work}/lego")
     groups, far = result["test"]["groups"], result["far"][0]
@@ -2758,8 +2763,7 @@ def test_flags_of_the_bench_belong_to_a_command(tmp_path):
     copied(tmp_path)  # whose results are its own
     mine = "--arm=tiny: --mixer=haar --levels=2 --n_embd=8 --max_iters=2"
     command = [sys.executable, "bench.py", "quality", "--suite=smoke", "--only=tiny", mine]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=env)
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     import bench
     row, = bench.read_rows(tmp_path / "results" / "smoke.csv")
     assert row["arm"] == "tiny" and "--levels=2" in row["flags"] and row["steps"] == "2"
@@ -2871,8 +2875,7 @@ def test_a_suite_appends_rows_and_skips_them(tmp_path):
     (tmp_path / "miniature.py").write_text(MINIATURE)
 
     def begin():
-        env = dict(os.environ, OMP_NUM_THREADS="1")
-        return subprocess.Popen([sys.executable, "miniature.py"], cwd=tmp_path, env=env, text=True,
+        return subprocess.Popen([sys.executable, "miniature.py"], cwd=tmp_path, text=True,
                                 stdout=subprocess.PIPE, start_new_session=True)
     first = begin()
     runs = tmp_path / "data" / "runs" / "smoke"
