@@ -2562,7 +2562,6 @@ USED = {  # what a table may hold, and the classes that it has then
     "surrogates": (as_jsonl().replace("row", "row \\ud800"), "a b"),
     "zeros": (as_csv().replace("row", "row \0"), "a b")}
 
-
 @each("kind", USED)
 def test_strange_tables(tmp_path, kind):
     # catches: a traceback of the json module, one label that becomes two
@@ -2570,7 +2569,6 @@ def test_strange_tables(tmp_path, kind):
     (tmp_path / "t").write_bytes(content.encode("utf-8"))
     folder = prepare("table", str(tmp_path / "data"), source=str(tmp_path / "t"))
     assert load_meta(folder)["classes"] == classes.split() and counts(folder, "train") == [48]
-
 
 REFUSED = (
     ("", "is empty"), ("text,mark\nx,1\n", "no label in its rows"), ("text,label\n", "no text in its rows"),
@@ -2583,7 +2581,6 @@ REFUSED = (
     (as_csv(ROWS[:2]), "too few to train on"),
     (as_csv([("", label) for _, label in ROWS]), "no text in its rows"),
     (as_jsonl(label=math.nan), "no label in its rows"), ("[" + as_jsonl() + "]", "row 1 cannot be read"))
-
 
 def test_tables_that_cannot_be_used_are_one_line(tmp_path):
     # catches: a traceback of the csv module, a column of numbers taken for labels, a row that lost a field
@@ -2602,7 +2599,6 @@ def test_tables_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / "v.csv").write_text("text,label\nnew,c\n")
     said = run("prepare_data.py", "--dataset=table", "--source=t.csv,v.csv", cwd=tmp_path)
     assert "train has no row of the labels c" in said and os.listdir(data) == ["table"]
-
 
 def test_two_preparations_of_one_data_set(tmp_path):
     # catches: a half-written folder deleted by the second, a lock that a kill or a forked child leaves held
@@ -2624,7 +2620,6 @@ def test_two_preparations_of_one_data_set(tmp_path):
     assert "is there already" in run("prepare_data.py", *flags, cwd=tmp_path)
     assert os.listdir(data) == ["pathfinder"]
 
-
 def test_a_data_set_with_a_name_of_its_own(tmp_path):
     # catches: a second corpus that replaces the first, a name that hides another data set
     write_lines(tmp_path / "t", (f"sentence number {i}, and more of it" for i in range(400)))
@@ -2644,7 +2639,6 @@ def test_a_data_set_with_a_name_of_its_own(tmp_path):
     os.remove(tmp_path / "data" / "mine" / "train.bin")
     said = run("train.py", *train, "--dataset=mine", "--out_dir=o", cwd=tmp_path, code=1)
     assert "--dataset=... --name=mine" in said
-
 
 def test_a_tokenizer_is_used_again(tmp_path):
     # catches: ids that mean something else in the second data set, another tokenizer that changes nothing
@@ -2672,7 +2666,6 @@ def test_a_tokenizer_is_used_again(tmp_path):
             ("text", dict(source=c, tokenizer_from=f"{tmp_path}/none"), "none is no whole data")):
         with refusal(words):
             prepare(name, data, **flags)
-
 
 def test_text_of_several_files(tmp_path):
     # catches: a file's last line glued to the next file's first, a benchmark's own split mixed or thinned
@@ -2703,10 +2696,8 @@ def test_text_of_several_files(tmp_path):
     with refusal("another source"):
         prepare("text", data, name="own", source=str(own), **flags)
 
-
 # -----------------------------------------------------------------------------
 # bench.py
-
 
 def test_speed_bench(tmp_path):
     # catches: a base that is left out, a run that overwrites the earlier ones, a crossover that is not sure,
@@ -2737,7 +2728,6 @@ def test_speed_bench(tmp_path):
     elsewhere["card"]["name"] = "another"
     assert bench.by_machine([elsewhere, *runs]) == [runs, [elsewhere]]
 
-
 def test_fast_forward_is_the_state_at_that_position():
     # catches: a decode timing at position 0 that claims to be one at 65,536
     import bench
@@ -2749,7 +2739,6 @@ def test_fast_forward_is_the_state_at_that_position():
             m(rand(1, 1, 8), state=ahead)
         for a, b in zip(tree_leaves(real), tree_leaves(ahead), strict=True):
             assert a == b if isinstance(a, int) else a.shape == b.shape
-
 
 def test_flags_of_the_bench_belong_to_a_command(tmp_path):
     # catches: a flag that is taken and does nothing, an arm of one's own that is not trained as it says
@@ -2768,7 +2757,6 @@ def test_flags_of_the_bench_belong_to_a_command(tmp_path):
     row, = bench.read_rows(tmp_path / "results" / "smoke.csv")
     assert row["arm"] == "tiny" and "--levels=2" in row["flags"] and row["steps"] == "2"
 
-
 def test_peers_of_the_transforms(tmp_path, capsys):
     # catches: a peer that is timed at something else, a library that must be there
     import bench
@@ -2781,7 +2769,6 @@ def test_peers_of_the_transforms(tmp_path, capsys):
     assert [row["ms"] for row in run["rows"]] == ["haar, 64", "db2, 64", "db8, 64"]
     assert "| haar, 64 |" in capsys.readouterr().out
     assert bench.installed("no_such_library") is None
-
 
 def test_what_a_gpu_is_wanted_for(tmp_path, monkeypatch, capsys):
     # catches: a flag that its command has not, a piece that is done again, a failed one that counts as done
@@ -2803,7 +2790,6 @@ def test_what_a_gpu_is_wanted_for(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("gpu-bad.json") == 2
     assert len(json.load(open(tmp_path / "gpu-one.json"))) == 1
 
-
 def test_variants_take_up_every_mixer(tmp_path):
     # catches: a mixer of the reader's own that bench does not see, a leak that it does not count
     lines = "import torch, torch.nn as nn, model", inspect.getsource(Mean), "model.MIXERS['mean'] = Mean"
@@ -2818,7 +2804,6 @@ def test_variants_take_up_every_mixer(tmp_path):
     prepare_data.prepare("numbers", str(tmp_path / "data"), rows=200)
     run("train.py", *flags, cwd=tmp_path)
 
-
 @each("name", ["conv", "lazy", "random", "shortconv", "multires", "softmax"])
 def test_controls_keep_the_promises(name):
     # catches: a control that leaks, or that is not what it says, so that nothing is controlled
@@ -2832,11 +2817,9 @@ def test_controls_keep_the_promises(name):
     y.sum().backward()
     assert all(p.grad is not None for p in m.parameters())
 
-
 def copied(folder):
     for name in ("bench.py", "model.py", "prepare_data.py", "sample.py", "train.py", "README.md"):
         shutil.copy(os.path.join(HERE, name), folder)
-
 
 def test_the_tables_come_from_the_csv(tmp_path):
     # catches: a table that no longer says what was measured
@@ -2855,7 +2838,6 @@ def test_the_tables_come_from_the_csv(tmp_path):
     score = [float(r["test_metric"]) for r in rows if r["arm"] == "attention"]
     assert f"| attention | 832,784 | {np.mean(score):.3f} ± {np.std(score, ddof=1):.3f} |" in text
 
-
 MINIATURE = """
 import argparse, bench
 s = bench.SUITES['smoke']
@@ -2866,7 +2848,6 @@ s['base'] += ['--max_iters=4', '--eval_interval=2', '--eval_rows=2', '--metric_r
 bench.quality(argparse.Namespace(
     suite='smoke', data_dir='data', source=None, translate=None, jobs=1, only='haar', arm=None))
 """
-
 
 def test_a_suite_appends_rows_and_skips_them(tmp_path):
     # catches: a finished run trained again, an interrupted one begun again, a row that lacks its flags, a
