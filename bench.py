@@ -482,7 +482,7 @@ def speed(args):
             except BrokenProcessPool:  # the kernel's answer to too much memory
                 pass
     run = dict(card=card, cells=cells)
-    print("\n" + "\n".join(speed_tables([run])))
+    print("\n" + all_speed_tables([run]))
     if args.json:
         save_run(args.json, run)
 
@@ -604,6 +604,7 @@ def speed_tables(runs):
             yield "\n" + as_table([f"{form}, {unit}", *(f"T={T:,}" for T in lengths)], rows)
 
 def all_speed_tables(runs):
+    """The tables of each kind of machine, one below the other."""
     return "\n\n".join("\n".join(speed_tables(alike)).strip() for alike in by_machine(runs))
 
 def short_speed_table(runs):

@@ -1560,11 +1560,12 @@ runpy.run_path({os.path.join(HERE, "train.py")!r}, run_name="__main__")
     assert result_of(tmp_path, "out")["steps"] == 3
 
 def test_half_precision_on_a_cpu_goes_without_flash(work):
-    # catches: a backward that takes several times as long, a long block slowed down with it
+    # catches: a backward that takes several times as long, float32 or a long block slowed down with it
     told = "import atexit\natexit.register(lambda: print('flash', torch.backends.cuda.flash_sdp_enabled()))\n"
     flags = [*TINY, "--mixer=attention", "--max_iters=1", "--out_dir=half"]
     launcher = ["-c", "import torch\n" + told + LIMITED, str(10**9)]
-    for more, flash in (("--dtype=bfloat16", False), ("--dtype=bfloat16 --block_size=256", True)):
+    for more, flash in (("--dtype=bfloat16", False), ("--dtype=float32", True),
+                        ("--dtype=bfloat16 --block_size=256", True)):
         said = run("train.py", *flags, *more.split(), cwd=work, launcher=launcher)
         assert f"flash {flash}" in said, more
 
