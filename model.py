@@ -534,17 +534,17 @@ def with_ones(v, mask):  # (B, H, T, dh + 1), the last for the denominator; zero
 def normalise(y):  # sums (..., dh + 1) -> the first dh over the last
     return y[..., :-1] / (y[..., -1:] + 1e-6)
 
-def again(f, x, *more):
-    """f of a segment, made anew in the backward pass: no T x m tensor is stored."""
-    if x.size(2) < SEGMENT or not torch.is_grad_enabled() or functorch(x):
-        return f(x, *more)
-    return checkpoint(f, x, *more, use_reentrant=False, preserve_rng_state=False)
-
+def again(f, R, *parts):
+    """f of a segment; where features are many it is made anew in the backward pass, so that none are kept."""
+    few = R.size(1) <= 4 * R.size(0)  # those of q and k are no more than an MLP keeps
+    if few or parts[0].size(2) < SEGMENT or not torch.is_grad_enabled() or functorch(parts[0]):
+        return f(*parts)
+    return checkpoint(f, *parts, use_reentrant=False, preserve_rng_state=False)
 def digest(k, v, R, kind):  # phi(k)^T v, all that is kept of a source: (B, H, m, dh + 1)
     parts = zip(k.split(SEGMENT, 2), v.split(SEGMENT, 2))
-    return sum(again(lambda k, v: features(k, R, kind) @ v, *part) for part in parts)
+    return sum(again(lambda k, v: features(k, R, kind) @ v, R, *part) for part in parts)
 def read(q, S, R, kind):  # phi(q) S, normalised: (B, H, T, dh)
-    ys = [again(lambda q: features(q, R, kind, True) @ S, part) for part in q.split(SEGMENT, 2)]
+    ys = [again(lambda q: features(q, R, kind, True) @ S, R, part) for part in q.split(SEGMENT, 2)]
     return normalise(torch.cat(ys, 2))
 
 def read_causally(q, k, v, S, R, kind):
@@ -559,7 +559,7 @@ def read_causally(q, k, v, S, R, kind):
     whole = (T + CHUNK - 1) // CHUNK * CHUNK  # padded behind
     q, k, v = (F.pad(u, (0, 0, 0, CHUNK))[:, :, :whole] for u in (q, k, v))
     for part in zip(q.split(SEGMENT, 2), k.split(SEGMENT, 2), v.split(SEGMENT, 2)):
-        y, S = again(segment, *part, S)
+        y, S = again(segment, R, *part, S)
         ys.append(y)
     return normalise(torch.cat(ys, 2)[:, :, :T]), S
 
