@@ -742,15 +742,20 @@ def compiled_cell(arch, mixer, card):
             sync()
             seconds.append(time.perf_counter() - began)
         return seconds
-    train()
-    eager = train() + train()
+    train()  # warms up
     from torch._inductor.utils import fresh_inductor_cache
     compile_blocks(net)
     with fresh_inductor_cache():  # what an earlier run compiled costs nothing
         first = train()
-    compiled = train() + train()
-    cost, won = sum(first) - sum(compiled) / 2, sum(eager) - sum(compiled)
-    pays = f"{cost / (won / 20):,.0f}" if won > 0 else "never"
+    seconds = dict(force_eager=[], default=[])
+    for _ in range(5):  # by turns
+        for stance, taken in seconds.items():
+            with torch.compiler.set_stance(stance):
+                taken += train()
+    eager, compiled = seconds.values()
+    won = statistics.mean(eager) - statistics.mean(compiled)
+    cost = sum(first) - len(first) * statistics.mean(compiled)
+    pays = f"{cost / won:,.0f}" if won > 0 else "never"
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return [{"": f"{arch}, {mixer}", "graphs": graphs, "compiled in, seconds": f"{cost:.0f}",
              "eager, ms": f"{statistics.mean(eager) * 1e3:.1f}",
@@ -1187,23 +1192,23 @@ def quality(args):
 LOWER = ("bits per byte",)  # metrics of which less is better
 
 def arms_of(path):
-    """A suite's CSV -> {arm: its rows at the rate that is best on val, by the seeds that tried them all}."""
-    arms, best = {}, {}
+    """A suite's CSV -> {arm: its rows at the rate that is best on val, by the seeds that tried every rate}."""
+    arms = {}
     for r in read_rows(path):
-        arms.setdefault(r["arm"], {}).setdefault(r["learning_rate"], []).append(r)
-
-    def losses(rows):
-        found = [float(r["val_loss"]) for r in rows if r.get("val_loss")]  # early rows have none
-        return [v if math.isfinite(v) else math.inf for v in found]
+        rates = arms.setdefault(r["arm"], {})
+        rates.setdefault(r["learning_rate"], []).append(r)
+    best = {}
     for arm, rates in arms.items():
         tried = [{r["seed"] for r in rows} for rows in rates.values()]
-        common = set.intersection(*tried) or set.union(*tried)
-
-        def loss(rows):
-            shared = [r for r in rows if r["seed"] in common]
-            return statistics.mean(losses(shared) or losses(rows) or [math.inf])
-        best[arm] = min(rates.values(), key=loss)
+        seeds = set.intersection(*tried) or set.union(*tried)
+        best[arm] = min(rates.values(), key=lambda rows: val_loss(rows, seeds))
     return best
+
+def val_loss(rows, seeds):
+    """The mean over these seeds, infinite where one has diverged."""
+    losses = [float(r["val_loss"] or "nan") for r in rows if r["seed"] in seeds]
+    mean = statistics.mean(losses)
+    return math.inf if math.isnan(mean) else mean
 
 def said(values):
     """mean ± standard deviation"""
@@ -1233,9 +1238,8 @@ def in_order(arms):
 def table(path):
     """One suite's CSV -> a Markdown table, best arm first, what knows nothing last."""
     best, rows, lines = arms_of(path), read_rows(path), []
-    far = {arm: [json.loads(r.get("far") or "[]") for r in rs] for arm, rs in best.items()}
-    early = any(not f for fs in far.values() for f in fs)  # rows that have none
-    beyond = [] if early else next(iter(far.values()))[0]
+    far = {arm: [json.loads(r["far"]) for r in rs] for arm, rs in best.items()}
+    beyond = min((f for fs in far.values() for f in fs), key=len)  # the lengths that all arms have
     rates = sorted({r["learning_rate"] for r in rows}, key=float)
     head = ["arm", "parameters", f"{rows[0]['metric']}, test"]
     lowercased = all(r.get("lowercased") for rs in best.values() for r in rs)
@@ -1260,7 +1264,7 @@ def table(path):
                 at = [r for r in rows if (r["arm"], r["learning_rate"]) == (arm, rate)]
                 line.append(said(score(at)) if at else "")
         lines.append(line)
-    trivial = json.loads(next(iter(best.values()))[0].get("trivial") or "{}")
+    trivial = json.loads(rows[0]["trivial"])
     text = as_table(head, lines)
     if trivial:
         text += f"\n\nWhat knows nothing: {listed(trivial)}"
