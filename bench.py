@@ -613,7 +613,8 @@ def short_speed_table(runs):
     for alike in by_machine(runs):
         _, cells = merged(alike)
         name, threads = (alike[0]["card"][k] for k in ("name", "threads"))
-        commits = " ".join(dict.fromkeys(run["card"]["git"] for run in alike))
+        there = [run for run in alike if any(c["T"] == AT for c in run["cells"])]
+        commits = " ".join(dict.fromkeys(run["card"]["git"] for run in there))
         where.append(f"{name}, {threads} threads, commits {commits}")
         head += [f"{name}: eager", "compiled"]
         for row in rows:
