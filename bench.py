@@ -1193,7 +1193,7 @@ def quality(args):
 LOWER = ("bits per byte",)  # metrics of which less is better
 
 def arms_of(path):
-    """A suite's CSV -> {arm: its rows at the rate that is best on val, by the seeds that tried every rate}."""
+    """A suite's CSV -> {arm: its rows at the rate that is best on val, by the seeds that tried all}."""
     arms = {}
     for r in read_rows(path):
         rates = arms.setdefault(r["arm"], {})

@@ -52,7 +52,7 @@ class ModelConfig:
     pool: str = "mean"  # encoder output: mean | cls | token (one label per token)
     levels: int = -1  # -1: haar the whole block, wavspa 1, wersa 2; 0 = no wavelets
     wavelet: str = "haar"  # haar | db2 ... db20: the filters that training starts from
-    wavelet_params: str = "auto"  # fixed | free (auto of haar) | ada | ortho (of wavspa) | lift
+    wavelet_params: str = "auto"  # auto: haar free, wavspa ortho, wersa fixed | ada | lift
     undecimated: str = "auto"  # yes | no | decoder (only there); auto: haar yes, wavspa and wersa decoder
     inner: str = "attention"  # what wavspa wraps: attention | wersa | fourier
     wavspa_shared: bool = True  # False = one inner mixer per band, the authors' choice
@@ -81,7 +81,7 @@ class ModelConfig:
         value = getattr(self, flag)
         return own.get(self.mixer, own["others"]) if value in ("auto", -1) else value
 
-    whole_block = property(lambda self: math.ceil(math.log2(self.block_size)))  # in levels
+    whole_block = property(lambda s: math.ceil(math.log2(s.block_size + (s.pool == "cls"))))  # in levels
     n_levels = property(lambda self: self.auto("levels", haar=self.whole_block, wavspa=1, others=2))
     learned = property(lambda self: self.auto("wavelet_params", haar="free", wavspa="ortho", others="fixed"))
     cross_kind = property(lambda s: s.auto("cross", haar="aligned", attention="attention", others="wersa"))
@@ -125,7 +125,7 @@ def as_mask(mask):
     return mask
 
 def masked(x, mask):  # x (B, T, C), zero where mask (B, T) is False
-    return x if mask is None else x * mask[..., None]
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
 def lengths(mask):  # mask (B, T) -> (B,) index of the last real token + 1
     return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(-1).clamp(min=1)
 
@@ -143,7 +143,7 @@ def attend(q, k, v, mask=None, causal=False, window=0):
     if mask is None and window == 0 and (not causal or T == S or T == 1):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal if T == S else False)
     back = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # (T, S)
-    seen = back >= 0 if causal else back == back
+    seen = back >= 0 if causal else torch.ones_like(back, dtype=torch.bool)
     if window > 0:
         seen = seen & (back < window if causal else back.abs() <= window // 2)
     if mask is not None:
@@ -172,12 +172,13 @@ class Attention(nn.Module):
         return 0, empty, empty
 
     def forward(self, x, mask=None, state=None):
-        q, k, v = (self.heads(u) for u in self.c_attn(x).chunk(3, -1))
+        mask = as_mask(mask)
+        q, k, v = (self.heads(u) for u in self.c_attn(masked(x, mask)).chunk(3, -1))
         t = 0 if state is None else state[0]
         q, k = self.placed(q, t), self.placed(k, t)
         if state is None:
-            return self.out(attend(q, k, v, as_mask(mask), self.causal, self.window))
-        k, v = torch.cat((state[1], k), 2), torch.cat((state[2], v), 2)
+            return self.out(attend(q, k, v, mask, self.causal, self.window))
+        k, v = torch.cat((state[1].to(k.dtype), k), 2), torch.cat((state[2].to(v.dtype), v), 2)
         y = self.out(attend(q, k, v, None, True, self.window))
         if self.window > 0:
             k, v = (u[:, :, max(u.size(2) - self.window + 1, 0):].clone() for u in (k, v))
@@ -213,7 +214,7 @@ def lattice(stages):
     for (a, b), (c, d) in stages[1:]:
         low, high = F.pad(low, (0, 0, 0, 2)), F.pad(high, (0, 0, 2, 0))
         low, high = a * low + b * high, c * low + d * high
-    return low, -high
+    return low, -high  # PyWavelets' sign, as mirror
 
 def rotations(angles):  # (F/2, C) -> (F/2, 2, 2, C)
     cos, sin = angles.cos(), angles.sin()
@@ -296,8 +297,8 @@ def undecimated(x, pair, step, causal, past=None):
 class Wavelet(nn.Module):
     """The filter pairs of L levels and C channels, a differentiable transform. What is learned:
       fixed  nothing: the taps of the wavelet called name
-      free   both filters (LMWT's alpha, beta and gamma, delta); inverted while near orthonormal
-      ada    the low-pass, which the high-pass mirrors (WavSpA); inverted as free is
+      free   both filters (LMWT's alpha, beta and gamma, delta); idwt, the transpose, inverts orthonormal ones
+      ada    the low-pass, which the high-pass mirrors (WavSpA); idwt as free's
       ortho  the rotation angles of a lattice: orthonormal for any angles (WavSpA eq. 8)
       lift   update and predict steps: an exact inverse for any values (WavSpA; Sweldens 1996)"""
     def __init__(self, name="haar", learned="fixed", L=1, C=1):
@@ -338,11 +339,11 @@ class Wavelet(nn.Module):
         return up(bands, [self.filters(l, inverse=True) for l in range(self.L)], n)
 
     def undecimated(self, x, causal, mask=None, past=None):
-        """x (B,T,C) -> [a_L, d_L, ..., d_1], each (B,T,C), adding up to x; the next chunk's past. A detail is
-        what the low-pass took away; free has a high-pass of its own, for Haar the same at the start."""
+        """x (B,T,C) -> [a_L, d_L, ..., d_1], each (B,T,C); the next chunk's past. A detail is what the
+        low-pass took away, so they add up to x; free has its own high-pass, for Haar the same at first."""
         details, rows = [], []
         for l in range(self.L):
-            low, high = (taps / math.sqrt(2) for taps in self.filters(l))
+            low, high = (taps / math.sqrt(2) for taps in self.filters(l))  # low's add up to 1: a mean
             pair = (low, -high) if self.learned == "free" else (low,)
             (a, *d), kept = undecimated(x, pair, 2 ** l, causal, None if past is None else past[l])
             details.insert(0, d[0] if d else x - a)
@@ -357,7 +358,7 @@ def as_taps(h, x):
     """An orthonormal low-pass as dwt takes it, a name or taps (F,) or (F, C) -> (F, 1 or C) like x."""
     h = torch.as_tensor(daubechies(h) if isinstance(h, str) else h).to(x)
     h = h[:, None] if h.dim() == 1 else h
-    check(h.dim() == 2 and len(h) % 2 == 0 < len(h), f"a low-pass has an even number of taps, not {len(h)}")
+    check(h.dim() == 2 and len(h) > 0 and len(h) % 2 == 0, f"no even number of taps: {tuple(h.shape)}")
     if may_look(h):
         taps = h.detach().double()
         power = torch.fft.fft(taps, 2 * len(h), dim=0).abs().square()
@@ -370,7 +371,7 @@ def as_taps(h, x):
 
 def dwt(x, h="haar", levels=None):
     """The periodised wavelet transform of x (..., T, C), low-pass h: a name or taps (F,) or (F, C), as
-    pywt.wavedec(x, h, "periodization", levels) -> [a_L, d_L, ..., d_1], d_l of ceil(T / 2^l) coefficients.
+    pywt.wavedec(x, h, "periodization", levels, -2): [a_L, d_L, ..., d_1], d_l of ceil(T / 2^l) coefficients.
     levels=None: as many as T takes. Raises ValueError."""
     check(x.is_floating_point(), f"dwt takes floats, not {x.dtype}: x.float() first")
     check(x.dim() >= 3 and x.size(-2) >= 1, f"dwt takes (..., T, C), not {tuple(x.shape)}: x[..., None]?")
@@ -389,15 +390,14 @@ def idwt(bands, h="haar", n=None):
 
 def daubechies(n):
     """The 2n taps of dbN, n = N in 1..20 (1 is Haar) or its name: float64 (2n,), sum sqrt(2). |H|^2 less its
-    zeros at -1 is a polynomial (1992, section 6.1); an FFT finds its minimum-phase root to the last digit."""
+    zeros at -1 is a polynomial (Ten Lectures, 1992, 6.1); an FFT gives its minimum-phase root to 1e-14."""
     name = n if isinstance(n, str) else "haar" if n == 1 else f"db{n}"
-    known = CHOICES["wavelet"]
-    check(name in known, f"wavelet {name} is unknown, use one of: {' '.join(known)}")
+    check(name in CHOICES["wavelet"], f"the wavelet {name} is unknown, use haar or db2 to db20")
     n = 1 if name == "haar" else int(name[2:])
     w = 2 * math.pi * torch.arange(4096, dtype=torch.float64, device="cpu") / 4096
     square = sum(math.comb(n - 1 + k, k) * (w / 2).sin() ** (2 * k) for k in range(n))
     cepstrum = torch.fft.ifft(square.log()).real / 2
-    cepstrum[1:2048] *= 2  # time before 0 is folded behind it
+    cepstrum[1:2048] *= 2  # minimum phase: times before 0 are folded onto those after it
     cepstrum[2049:] = 0
     zeros = (1 + torch.polar(torch.ones_like(w), -w)) / 2  # n of them, at -1
     return torch.fft.ifft(torch.fft.fft(cepstrum).exp() * zeros ** n).real[:2 * n] * math.sqrt(2)
@@ -416,8 +416,8 @@ class Haar(nn.Module):
          a_i = alpha * x_2i + beta * x_2i+1,   d_i = gamma * x_2i + delta * x_2i+1,   a recurses,
        then the bands, weighed per level and channel, are added up and projected.
     Differs from the paper: undecimated, a_l[t] = alpha * a_{l-1}[t - 2^(l-1)] + beta * a_{l-1}[t], centred on
-    t in an encoder. Decimated, nothing leaves a 2^L block, as all layers share a grid, and a decoder sees the
-    rest of it; either half has its own weight, as plain tiling makes out_2i = out_2i+1, of rank T/2."""
+    t in an encoder. Decimated (the paper's), all layers share one grid: nothing leaves a block of 2^L, and in
+    a decoder each token sees all of it. A block's halves differ in weight: tiled alike, y has rank T/2."""
     def __init__(self, cfg, causal=False):
         super().__init__()
         self.L, self.causal, self.undecimated = cfg.n_levels, causal, cfg.is_undecimated(causal)
@@ -474,7 +474,7 @@ class Haar(nn.Module):
 
 class Wavspa(nn.Module):
     """WavSpA (arXiv 2210.01989, eq. 3): y = IDWT(attend(DWT(x))), every band attended.
-    Differs from the paper: an exact inverse (theirs flips channels, not taps); rows wrap at their own ends;
+    Differs from the paper: ortho inverts exactly (theirs flips channels, not taps); rows wrap at own ends;
     one attention for all bands, told apart by an embedding; a causal form, undecimated, at cost L + 1."""
     def __init__(self, cfg, causal=False):
         super().__init__()
@@ -513,10 +513,10 @@ class Wavspa(nn.Module):
         y = sum(bands) if self.undecimated else self.wavelet.idwt(bands, n)[:, :x.size(1)]
         return y if state is None else (y, (past, states))
 
-SEGMENT, CHUNK = 512, 64  # tokens whose features are held at a time, whose sums are taken as a triangle
+SEGMENT, CHUNK = 512, 64  # tokens: features are made for one SEGMENT at a time; a CHUNK's scores are a matrix
 
 def features(x, R, kind, query=False):
-    """phi >= 0 of queries x (..., T, dh), R (dh, m) -> (..., T, m); keys (..., m, T): no gradient is strided.
+    """phi(x) >= 0 of x (..., T, dh), R (dh, m): queries (..., T, m), keys transposed, (..., m, T): faster.
     relu: ReLU(x R) / sqrt(m), an arc-cosine kernel. exp: exp(x R - |x|^2 / 2), for exp(q.k / sqrt(dh))."""
     dh, m = R.shape
     if kind == "exp":
@@ -526,13 +526,13 @@ def features(x, R, kind, query=False):
         return (u - less).exp()  # a query's factor cancels: its largest is set to 1
     R = R * m ** -0.5
     u = x @ R if query else R.mT @ x.mT
-    return (u + u.abs()) / 2 if torch.compiler.is_compiling() else F.relu(u)  # with a mask
+    return (u + u.abs()) / 2 if torch.compiler.is_compiling() else F.relu(u)  # it would keep a mask
 
 def with_ones(v, mask):  # (B, H, T, dh + 1), the last for the denominator; zero where mask (B, T) is False
     v = F.pad(v, (0, 1), value=1.0)
     return v if mask is None else v * mask[:, None, :, None]
-def normalise(y):  # sums (..., dh + 1) -> the first dh over the last
-    return y[..., :-1] / (y[..., -1:] + 1e-6)
+def normalise(y, kind):  # sums (..., dh + 1) -> the first dh over the last: relu's may be 0, exp's tiny
+    return y[..., :-1] / (y[..., -1:] + (1e-6 if kind == "relu" else 1e-30))
 
 def again(f, R, *parts):
     """f of a segment; where features are many it is made anew in the backward pass, so that none are kept."""
@@ -543,25 +543,25 @@ def again(f, R, *parts):
 def digest(k, v, R, kind):  # phi(k)^T v, all that is kept of a source: (B, H, m, dh + 1)
     parts = zip(k.split(SEGMENT, 2), v.split(SEGMENT, 2))
     return sum(again(lambda k, v: features(k, R, kind) @ v, R, *part) for part in parts)
-def read(q, S, R, kind):  # phi(q) S, normalised: (B, H, T, dh)
-    ys = [again(lambda q: features(q, R, kind, True) @ S, R, part) for part in q.split(SEGMENT, 2)]
-    return normalise(torch.cat(ys, 2))
+def read(q, KV, R, kind):  # phi(q) KV, normalised: (B, H, T, dh)
+    ys = [again(lambda q: features(q, R, kind, True) @ KV, R, part) for part in q.split(SEGMENT, 2)]
+    return normalise(torch.cat(ys, 2), kind)
 
-def read_causally(q, k, v, S, R, kind):
-    """read(q, digest(k, v)) of each token and those before it, S what came earlier -> (B,H,T,dh), S."""
-    def segment(q, k, v, S):
-        q, k, v = (u.unflatten(2, (-1, CHUNK)) for u in (q, k, v))  # (B, H, chunks, CHUNK, .)
-        fq, fk = features(q, R, kind, True), features(k, R, kind)
-        S = torch.cat((S[:, :, None], fk @ v), 2).cumsum(2)  # before each chunk, and after all
-        y = fq @ S[:, :, :-1] + (fq @ fk).tril() @ v  # earlier chunks, and a triangle for its own
-        return y.flatten(2, 3), S[:, :, -1].clone()
+def read_causally(q, k, v, KV, R, kind):
+    """read(q, digest(k, v)) of each token and those before it, KV what came earlier -> (B,H,T,dh), KV."""
     T, ys = q.size(2), []
-    whole = (T + CHUNK - 1) // CHUNK * CHUNK  # padded behind
-    q, k, v = (F.pad(u, (0, 0, 0, CHUNK))[:, :, :whole] for u in (q, k, v))
+    c = 1 if T == 1 else CHUNK
+    def segment(q, k, v, KV):
+        q, k, v = (u.unflatten(2, (-1, c)) for u in (q, k, v))  # (B, H, chunks, c, .)
+        fq, fk = features(q, R, kind, True), features(k, R, kind)
+        KV = torch.cat((KV[:, :, None], fk @ v), 2).cumsum(2)  # before each chunk, and after all
+        y = fq @ KV[:, :, :-1] + (fq @ fk).tril() @ v  # earlier chunks, and a triangle for its own
+        return y.flatten(2, 3), KV[:, :, -1].clone()
+    q, k, v = (F.pad(u, (0, 0, 0, c))[:, :, :(T + c - 1) // c * c] for u in (q, k, v))  # padded behind
     for part in zip(q.split(SEGMENT, 2), k.split(SEGMENT, 2), v.split(SEGMENT, 2)):
-        y, S = again(segment, R, *part, S)
+        y, KV = again(segment, R, *part, KV)
         ys.append(y)
-    return normalise(torch.cat(ys, 2)[:, :, :T]), S
+    return normalise(torch.cat(ys, 2)[:, :, :T], kind), KV
 
 class Wersa(Attention):
     """WERSA (arXiv 2507.08637): DWT of Q and K along T, band l scaled by a gain, inverse DWT, then
@@ -581,10 +581,10 @@ class Wersa(Attention):
                                         nn.Linear(64, cfg.n_head * (self.L + 1)), nn.Sigmoid())
 
     def init_state(self, B, device=None, dtype=None):
-        (dh, m), kind = self.R.shape, torch.promote_types(dtype or torch.float32, torch.float32)
-        total = torch.zeros(B, 1, self.n_head * dh, device=device, dtype=kind)
-        S = torch.zeros(B, self.n_head, m, dh + 1, device=device, dtype=kind)
-        return 0, total, self.wavelet.init_past(B, device=device, dtype=dtype), S
+        (dh, m), sums = self.R.shape, torch.promote_types(dtype or torch.float32, torch.float32)
+        total = torch.zeros(B, 1, self.n_head * dh, device=device, dtype=sums)
+        KV = torch.zeros(B, self.n_head, m, dh + 1, device=device, dtype=sums)
+        return 0, total, self.wavelet.init_past(B, device=device, dtype=dtype), KV
 
     def weigh(self, qk, mean, mask, past):  # qk (B, T, 2C), mean query (B, T or 1, C)
         gains = self.scale * self.filter(mean).unflatten(-1, (self.n_head, -1))  # (B, T or 1, H, L+1)
@@ -601,8 +601,8 @@ class Wersa(Attention):
     def forward(self, x, mask=None, state=None):
         mask = as_mask(mask)
         B, T, C = x.shape
-        t, total, past, S = (0, 0, None, None) if state is None else state
-        qk, v = self.c_attn(x).split([2 * C, C], -1)
+        t, total, past, KV = (0, 0, None, None) if state is None else state
+        qk, v = self.c_attn(masked(x, mask)).split([2 * C, C], -1)
         if self.L > 0:
             qk = masked(qk, mask)
             q = wide(qk[..., :C])
@@ -619,16 +619,16 @@ class Wersa(Attention):
         R = self.R.to(q.dtype)
         with no_autocast(x):
             if self.causal:
-                S = q.new_zeros(B, self.n_head, R.size(1), v.size(-1)) if S is None else S
-                y, S = read_causally(q, k, v, S, R, self.kind)
+                KV = q.new_zeros(B, self.n_head, R.size(1), v.size(-1)) if KV is None else KV
+                y, KV = read_causally(q, k, v, KV, R, self.kind)
             else:
                 y = read(q, digest(k, v, R, self.kind), R, self.kind)
         y = self.out(y.to(x.dtype))
-        return y if state is None else (y, (t + T, total, past, S))
+        return y if state is None else (y, (t + T, total, past, KV))
 
 class Gated(nn.Module):
     """c_proj(mixed * silu(W x)): each token weighs what was mixed for it (arXiv 2505.06708, there a sigmoid).
-    haar is linear in x without it. The projection is the mixer's own."""
+    haar is linear in x without it. A mixer's own c_proj moves behind the gate."""
     def __init__(self, mixer, cfg):
         super().__init__()
         self.mixer = mixer
@@ -697,16 +697,16 @@ class Aligned(CrossAttention):
     """Windowed cross-attention, LMWT's setting, linear in T and S: target t looks at place floor(ratio t),
     the tokens around it and, per level, the means of blocks around it. A softmax over these few weighs them
     by place and q.k, --cross=place by place alone. (ByteNet, arXiv 1610.10099, read by place, too.)"""
-    window, blocks, chunk = 4, 2, 64  # candidates on either side: tokens, blocks of a level
     def __init__(self, cfg):
         super().__init__(cfg)
         self.L = cfg.levels if cfg.levels >= 0 else cfg.whole_block
-        self.reach = [self.window] + [self.blocks] * self.L
+        self.reach = [4] + [2] * self.L  # candidates on either side: tokens, then blocks of each level
+        self.chunk = max(1, 64 // 2 ** int(math.log2(max(1, cfg.cross_ratio))))  # targets at once
         self.place = nn.Linear(cfg.n_embd, cfg.n_head * sum(2 * w + 1 for w in self.reach), bias=False)
         if cfg.cross_kind == "place":
             self.c_q, self.c_kv = None, nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def digest(self, memory, mask=None):  # -> keys and values, (B, S + 1, 2C), and ones, added up; lengths
+    def digest(self, memory, mask=None):  # -> prefix sums of (k, v) (B, S + 1, 2C) and of real; lengths
         real = memory.new_ones(memory.shape[:2]).bool() if mask is None else as_mask(mask)
         sums = masked(wide(self.c_kv(memory)), real).cumsum(1)
         return F.pad(sums, (0, 0, 1, 0)), F.pad(real.cumsum(1), (1, 0)), lengths(real)
@@ -721,7 +721,7 @@ class Aligned(CrossAttention):
         at = at.minimum(n[:, None] - 1).unflatten(1, (-1, c))  # (B, chunks, c): each target's place
         edges, first = [], 0  # a block's level, place, reach, candidate
         for l, w in enumerate(self.reach):
-            edges += [(l, i, w, first + w) for i in range(-w, w + 3 + int(c * self.ratio) // 2 ** l)]
+            edges += [(l, i, w, first + w) for i in range(-w, w + 3 + int((c - 1) * self.ratio) // 2 ** l)]
             first += 2 * w + 1
         level, place, reach, first = torch.tensor(edges, device=x.device).unbind(1)  # (R + 1,)
         j = (at[:, :, :1] >> level) + place  # (B, chunks, R + 1)
@@ -778,7 +778,7 @@ class WaveletTransformer(nn.Module):
         self.config = cfg
         C, layers = cfg.n_embd, [cfg.of_layer(i) for i in range(cfg.n_layer)]
         self.wte = nn.Embedding(cfg.vocab_size, C)
-        self.wpe = nn.Embedding(cfg.block_size + 1, C) if cfg.pos == "learned" else None
+        self.wpe = nn.Embedding(cfg.block_size, C) if cfg.pos == "learned" else None
         self.drop = nn.Dropout(cfg.dropout)
         if cfg.arch != "decoder":
             self.encoder = nn.ModuleList(Block(layer) for layer in layers)
@@ -806,7 +806,7 @@ class WaveletTransformer(nn.Module):
         check(idx.size(1) >= 1, "a sequence needs at least one token")
         x, end, most = self.wte(idx), t + idx.size(1), self.config.block_size
         if self.wpe is not None:
-            if end > most:  # not check(): its sentence costs a graph a length
+            if end > most:  # check() would format its sentence, and compile anew for each length
                 raise ValueError(f"{end} tokens do not fit --block_size={most}, --pos=learned")
             x = x + self.wpe(torch.arange(t, end, device=idx.device))
         return self.drop(x)
@@ -864,11 +864,11 @@ class WaveletTransformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, src=None, temperature=1.0, top_k=None):
-        """Continue idx (B,T) -> (B, T + max_new_tokens); temperature 0 = argmax. The prompt is read at once,
-        what outlasts its shortest row by the token. Rows, padded behind, go on each at its own end."""
+        """Continue idx (B,T) -> (B, T + max_new_tokens); temperature 0 = argmax. Each row, padded behind,
+        goes on at its own end: one pass up to the end of the shortest, then token by token."""
         check(temperature >= 0, f"--temperature={temperature} must be at least 0")
         check(top_k is None or top_k >= 1, f"--top_k={top_k} must be at least 1")
-        check(idx.size(1) > 0 <= max_new_tokens, "generate takes a token or more and adds 0 or more")
+        check(idx.size(1) > 0 and max_new_tokens >= 0, "generate takes a token or more and adds 0 or more")
         n = lengths(as_mask(idx != self.config.pad_id))
         ids = F.pad(idx, (0, max_new_tokens), value=self.config.pad_id)
         was_training, t = self.training, 0
@@ -877,7 +877,7 @@ class WaveletTransformer(nn.Module):
             state = self.init_state(len(idx), src)
             for end in range(int(n.min()), int(n.max()) + max_new_tokens):
                 logits, state = self.decode(ids[:, t:end], state)
-                logits = wide(logits[:, -1]) / (temperature or 1)
+                logits = wide(logits[:, -1]) / max(temperature, 1e-6)
                 if top_k is not None:
                     least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)

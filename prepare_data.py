@@ -140,7 +140,7 @@ def read_text(path):  # a UTF-8 file without its byte order mark
     try:
         return Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f"{path} cannot be read or is not UTF-8 ({e})")
+        raise SystemExit(f"{path} cannot be read, or is not UTF-8, to which iconv converts it ({e})")
 
 def first_gap(a, b):  # where two sides part: lengths of true pairs go together, of shifted ones they do not
     x, y = (np.log1p([len(row) for row in side[:min(len(a), len(b))]]) for side in (a, b))
@@ -1023,7 +1023,9 @@ def draw_curves(folders, path):
     for i, folder in enumerate(folders):
         text = read_text(os.path.join(folder, "log.csv"))
         text = text[:text.rfind("\n") + 1]  # the last line may be half written
-        rows = list(csv.DictReader(io.StringIO(text)))
+        rows = csv.DictReader(io.StringIO(text))
+        check("nll" in (rows.fieldnames or ()), f"{folder}/log.csv is no log of train.py: name another")
+        rows = list(rows)
         for panel, column, style in ((losses, "nll", dict(linewidth=0.7)),
                                      (losses, "val_loss", dict(marker="o")),
                                      (metric, "val_metric", dict(marker="o")), (rate, "lr", dict())):
@@ -1042,7 +1044,7 @@ def fingerprint(source):
     digest = hashlib.sha256()
     for name in source.split(","):
         path = Path(name)
-        check(name and path.exists(), f"--source={source}: there is no file {name!r}")
+        check(name and (path.is_file() or path.is_dir()), f"--source={source}: there is no file {name!r}")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file == path or file.suffix in (".txt", ".jsonl", ".parquet"):
                 digest.update(file.read_bytes())
@@ -1120,8 +1122,12 @@ def make(tmp, folder, dataset, options, settings):
     """Makes a data set in tmp, to replace folder when all is there."""
     check((folder / "meta.json").exists() or not folder.exists(), f"{folder} exists and is no data set of "
           "ours: move it away or choose another --data_dir")
-    check(options.get("source") is not inspect.Parameter.empty, f"{dataset} is made from your own files: add "
-          "--source=FILE, or for parallel --source=train.en,train.de")
+    check(options.get("source") is not inspect.Parameter.empty, f"{dataset} is made from your own files: "
+          f"python prepare_data.py --dataset={dataset} --source=FILE (parallel: train.en,train.de)")
+    with contextlib.suppress(FileNotFoundError, ValueError, LookupError):  # a damaged one is repaired
+        ours = {"meta.json", *json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]}
+        alien = sorted({path.name for path in folder.iterdir()} - ours)
+        check(not alien, f"{folder} holds {', '.join(alien)}, which would be lost: move it away")
     started = time.time()
     tmp.mkdir()
     made = DATASETS[dataset](tmp, **options)
@@ -1162,8 +1168,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with one line a mistake: the nearest known flag, no abbreviations, --flag or --flag=False."""
 
     def __init__(self, description):
-        lines, width = [], min(80, shutil.get_terminal_size().columns) - 1
-        for line in re.sub(r"(?m)^( +\S.*?) +# (.*)$", r"    # \2\n\1", description).split("\n"):
+        lines, width = [], max(40, min(80, shutil.get_terminal_size().columns) - 1)
+        for line in re.sub(r"(?m)^( +\S.*?) +# (.*)$", r"    # \2\n\1", description or "").split("\n"):
             lines += [line] if line.startswith(" ") else textwrap.wrap(line, width) or [""]
         super().__init__(description="\n".join(lines), allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)

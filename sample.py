@@ -38,7 +38,8 @@ def load_checkpoint(path, device="cpu", kinds=KINDS):
     """ckpt.pt or best.pt -> dict of tensors and plain types. Nothing in it runs, no changed bit passes."""
     try:
         with zipfile.ZipFile(path) as z:
-            assert z.testzip() is None  # torch writes checksums, but does not read them
+            if z.testzip() is not None:  # torch writes checksums, but does not read them
+                raise ValueError
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path} does not exist: train first (python train.py), or name its --out_dir")
@@ -85,8 +86,9 @@ def load_model(path, device="cpu"):
     model, meta = build(path, ckpt), ckpt["meta"]
     try:
         tokenizer = Tokenizer(meta["tokenizer"])
-        assert tokenizer.vocab_size == model.config.vocab_size
-        assert model.config.arch != "encoder" or len(meta["classes"]) == model.config.n_classes
+        n_classes = len(meta["classes"]) if model.config.arch == "encoder" else model.config.n_classes
+        if (tokenizer.vocab_size, n_classes) != (model.config.vocab_size, model.config.n_classes):
+            raise ValueError
     except Exception:  # whatever a stranger writes there
         raise SystemExit(f"{path} has a tokenizer that is not its model's: restore a copy, or train again")
     return model.to(device).eval(), tokenizer, meta
@@ -96,8 +98,8 @@ def keep_freed_pages(keep=True):
     keep they go at once, so that a process's peak is what its tensors take."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *a: 0)
-        mallopt(-3, 2**25 if keep else 2**16)
-        mallopt(-1, 2**30 if keep else 2**16)
+        mallopt(-3, 2**25 if keep else 2**16)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**30 if keep else 2**16)  # M_TRIM_THRESHOLD
 
 def compile_blocks(model):
     """torch.compile, block by block: one graph for all lengths, and for all blocks that are alike."""
@@ -118,7 +120,7 @@ def draw(logits, temperature=0.0, top_k=None, top_p=1.0):
     fewest whose probabilities add up to top_p (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float() / max(temperature, 1e-6)
     if top_k is not None:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -203,7 +205,7 @@ def translate(model, tokenizer, texts, beam=1, batch_size=128, max_new_tokens=No
     out = [""] * len(texts)
     # alike lengths share a batch, and the longest come first, so that too little memory shows at once
     todo = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -min(len(rows[i]), block_size - 1))
-    for start in tqdm(range(0, len(todo), batch_size), disable=not progress, unit="batch"):
+    for start in tqdm(range(0, len(todo), batch_size), disable=not progress or not todo, unit="batch"):
         heed()
         batch = todo[start:start + batch_size]
         src = collate([rows[i][:block_size - 1] for i in batch], tail=[EOS], most=block_size)
@@ -259,14 +261,22 @@ def read_image(name, shape):
         raise SystemExit(f"{name} has {w} x {h} pixels, the checkpoint reads {W} x {H}: scale it first")
     return (grey.round().astype(int).ravel() + N_SPECIAL).tolist()
 
+def save(figure, path, dpi):
+    try:
+        with replacing(path, "wb") as f:
+            figure.savefig(f, dpi=dpi, format="png")
+    except OSError as e:
+        raise SystemExit(f"{path} cannot be written: {e.strerror}")
+    print(f"drawn to {path}")
+
 @torch.no_grad()
 def show_wavelets(model, path):
-    """What the wavelet layers have learned, printed and drawn, by level: how far the taps moved, and the
-    band's weight (haar), embedding (wavspa) or gain (wersa), all RMS."""
+    """What the wavelet layers have learned, printed and drawn, by level: how far the taps are from the named
+    wavelet's, and the band's weight (haar), embedding (wavspa) or the gain's scale (wersa), all RMS."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4), layout="constrained")
     moves, weights = figure.subplots(1, 2)
-    moves.set(title="distance from the initial taps (RMS)", xlabel="level")
+    moves.set(title="distance from the named wavelet's taps (RMS)", xlabel="level")
     weights.set(title="weight of the band (RMS)", xlabel="level")
     start = torch.stack(Wavelet(model.config.wavelet).filters(0))  # (2, F, 1)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (Haar, Wavspa, Wersa)) and m.L}
@@ -280,9 +290,11 @@ def show_wavelets(model, path):
         weight = bands.square().mean(1).sqrt().tolist()  # d_1, ..., d_L, a_L
         moved = []
         x = torch.randn(1, 64, m.wavelet.C, device=bands.device)
-        error = (m.wavelet.idwt(m.wavelet.dwt(x)) - x).abs().max()
-        print(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}, "
-              f"reconstruction error {error:.1e}\n  level   moved  weight  mean low-pass | high-pass")
+        error = ""
+        if not isinstance(m, Haar):  # which never goes back
+            error = f", reconstruction error {(m.wavelet.idwt(m.wavelet.dwt(x)) - x).abs().max():.1e}"
+        print(f"{name}: {type(m).__name__}, {m.wavelet.learned} {model.config.wavelet}{error}\n"
+              "  level   moved  weight  mean low-pass | high-pass")
         for l in range(m.L):
             taps = torch.stack(m.wavelet.filters(l)).cpu()  # (2, F, C)
             moved.append((taps - start).square().mean().sqrt().item())
@@ -292,8 +304,7 @@ def show_wavelets(model, path):
         moves.plot(range(1, m.L + 1), moved, marker="o")
         weights.plot(range(1, m.L + 1), weight[:-1], marker="o", label=name)
     weights.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    print(f"drawn to {path}")
+    save(figure, path, dpi=120)
 
 def marks(meta, answers, wanted, lowercase=False):
     """What answers score against what was wanted, by the data set's metric, and sacreBLEU's signature."""
@@ -305,8 +316,8 @@ def marks(meta, answers, wanted, lowercase=False):
 
 @torch.no_grad()
 def likelihood(model, rows, batch_size):
-    """Rows of ids (read, foretold) or (read, foretold, source) -> a line of what train.py's evaluation finds,
-    and the mean loss."""
+    """Rows of ids (read, predicted) or (read, predicted, source) -> a line of what train.py's evaluation
+    finds, and the mean loss."""
     total = np.zeros(3)
     for start in tqdm(range(0, len(rows), batch_size), unit="batch"):
         sides = zip(*rows[start:start + batch_size])
@@ -332,7 +343,7 @@ def score(model, tokenizer, meta, names, batch_size, n, **beams):
         text = read_text(names)
         ids = tokenizer.encode(text)
         if len(ids) < 2:
-            raise SystemExit(f"{names} has {len(ids)} tokens, and the first one is not foretold: add some")
+            raise SystemExit(f"{names} has {len(ids)} tokens, and the first one is not predicted: add some")
         windows = [ids[t:t + T + 1] for t in range(0, len(ids) - 1, T)]
         line, loss = likelihood(model, [(row[:-1], row[1:]) for row in windows], batch_size)
         bits = loss / math.log(2) * len(ids) / len(text.encode())
@@ -373,7 +384,7 @@ def source_shares(model, src, new):
     logits, _ = model(torch.tensor([[BOS] + new[:-1]], device=src.device), src=src)
     for hook in hooks:
         hook.remove()
-    x, rows = embedded[-1], []  # the source is embedded last
+    x, rows = embedded[-1], []  # forward embeds what was answered, then the source
     for t, i in enumerate(new):
         gradient, = torch.autograd.grad(logits[0, t, i], x, retain_graph=True)
         rows.append((gradient * x).sum(-1)[0].abs())
@@ -412,8 +423,7 @@ def show_source(model, tokenizer, text, path, max_new_tokens, **beams):
         ax.set_yticks(range(len(new)), said, parse_math=False)
         ax.set(xlabel="source", ylabel="output")
         figure.colorbar(image, ax=ax, label=what)
-    figure.savefig(path, dpi=80)
-    print(f"drawn to {path}")
+    save(figure, path, dpi=80)
 
 def how_many(model, asked, n):
     """How many tokens to put behind n: as asked, else the block size, or what --pos=learned has room for."""
@@ -439,7 +449,7 @@ def main():
     p.add("--ckpt", help="best.pt (lowest validation loss) or ckpt.pt (last)", default="best.pt")
     p.add("--start", help="text to translate, continue or classify; FILE:name reads it from a file")
     p.add("--input", help="a file to translate or classify line by line")
-    p.add("--score", help="a text to foretell, or FILE,FILE: what to translate or classify, and the answers")
+    p.add("--score", help="a text to predict, or FILE,FILE: what to translate or classify, and the answers")
     p.add("--output", writable, "where the lines go; default: standard output")
     p.add("--beam", int, "beams of a translation; 1 = greedy", 1, 1000, default=1)
     p.add("--length_penalty", float, "exponent of the beams' length normalisation", -10, 10, default=0.6)
@@ -516,7 +526,7 @@ def main():
     else:
         for text in texts:
             ids = tokenizer.encode(text)
-            if "labels" in meta or not ids:  # windows of one long text begin anywhere
+            if "labels" in meta or not ids:  # rows begin with BOS; windows of one long text anywhere
                 ids = [BOS] + ids
             n = how_many(model, args.max_new_tokens, len(ids))
             new = continued(model, torch.tensor([ids], device=args.device), n, **drawn)
@@ -526,7 +536,7 @@ def main():
     if cut:
         print(f"{cut} of {n} inputs were longer than {most} tokens and were cut", file=sys.stderr)
     if args.output is None:
-        return print("\n".join(results))
+        return print(*results, sep="\n") if results else None
     try:
         with replacing(args.output) as f:
             f.writelines(line + "\n" for line in results)

@@ -41,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
 import prepare_data
@@ -89,7 +90,8 @@ ENCODERS = [*product(VARIANTS, BOTH), ("fourier", False), ("wavspa inner=fourier
             ("haar undecimated=no levels=6", False), ("wavspa undecimated=no levels=3", False)]
 READERS = lines("""cross=attention cross_ratio=0.5 | cross=attention pos=none
     cross=wersa | cross=wersa feature_map=exp n_features=40 cross_ratio=0.5
-    cross=aligned levels=2 | cross=aligned cross_ratio=1.5 | cross=place cross_ratio=0.5 levels=2""")
+    cross=aligned levels=2 | cross=aligned cross_ratio=1.5 | cross=aligned cross_ratio=10 levels=2
+    cross=place cross_ratio=0.5 levels=2""")
 
 def config(text="", **kw):
     """config("wersa levels=2", n_embd=8): a tiny model, but for the flags in text and the keywords."""
@@ -326,6 +328,15 @@ def test_chunks(text):
     x = x[:, :37]
     same_gradients(m, chunked(m, x, cuts=(1, 4, 17, 15))[0], m(x), 1e-4)
 
+# catches: a state of another type than the module's, where none was asked for
+@each("text", VARIANTS)
+@torch.no_grad()
+def test_default_state_of_a_half_precision_mixer(text):
+    m, x = mixer(text).bfloat16(), rand(2, 9, 16).bfloat16()
+    y, state = m(x, state=m.init_state(2))
+    assert y.dtype == m(x[:, :1], state=state)[0].dtype == torch.bfloat16
+    close(y, m(x), 0.05)
+
 @each("text", ["haar", "wersa", "wersa feature_map=exp"])
 @torch.no_grad()
 def test_real_segments(text, monkeypatch):
@@ -364,8 +375,9 @@ def test_masks(text, causal):
     holes[:, 0] = True
     for seen in (mask, mask & holes):  # padding; holes anywhere
         y = m(x, seen)
-        other = m(torch.where(seen[..., None], x, 1e4 * torch.randn_like(x)), seen)
-        assert y.isfinite().all() and torch.equal(y[seen], other[seen])
+        for hidden in (1e4 * torch.randn_like(x), torch.full_like(x, math.nan)):
+            other = m(torch.where(seen[..., None], x, hidden), seen)
+            assert y.isfinite().all() and torch.equal(y[seen], other[seen])
     y = m(x, mask)
     longer = m(F.pad(x, (0, 0, 0, 9), value=3.0), F.pad(mask, (0, 9)))
     close(longer[:, :65][mask], y[mask])
@@ -684,10 +696,32 @@ def test_wersa_loop(text, causal, T):
         q, k = turned(q, torch.arange(T)), turned(k, torch.arange(T))
     weights = phi(m, q, True) @ phi(m, k, False).mT  # (B, H, T, T)
     weights = weights.tril() if causal else weights
-    mixed = weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
+    mixed = weights @ v / (weights.sum(-1, keepdim=True) + (1e-6 if m.kind == "relu" else 1e-30))
     y, want = m(x), m.c_proj(mixed.transpose(1, 2).flatten(2))
     close(y, want, 1e-10)
     same_gradients(m, y, want, 1e-9)
+
+# catches: a constant that outweighs the denominator, so that a mean of ones is less than one
+@each("kind,size", [("relu", 1), ("relu", 8), ("exp", 1), ("exp", 5)])
+def test_wersa_takes_means(kind, size):
+    q, k = (size * rand(1, 2, 40, 8, seed=seed).requires_grad_() for seed in (1, 2))
+    R, v = rand(8, 32, seed=3), M.with_ones(torch.ones(1, 2, 40, 1), None)
+    y = M.read(q, M.digest(k, v, R, kind), R, kind)
+    causal, _ = M.read_causally(q, k, v, torch.zeros(1, 2, 32, 2), R, kind)
+    for mean in (y, causal):
+        close(mean, torch.ones_like(mean), 1e-3)
+        assert all(slope.isfinite().all() for slope in torch.autograd.grad(mean.sum(), (q, k)))
+
+# catches: a token that costs a whole chunk
+@torch.no_grad()
+def test_a_token_costs_its_share(monkeypatch):
+    monkeypatch.undo()
+    m, cost = mixer("wersa"), {}
+    for T in (1, 64):
+        with FlopCounterMode(display=False) as counter:
+            m(rand(1, T, 16), state=m.init_state(1))
+        cost[T] = counter.get_total_flops()
+    assert cost[1] < 2 * cost[64] / 64
 
 # catches: an FFT over padding, a missing real part
 def test_fourier():
@@ -703,7 +737,7 @@ def read_all(m, x, memory):
         q, k = turned(q, torch.arange(len(x)) * m.ratio), turned(k, torch.arange(len(memory)))
     if isinstance(m, M.CrossWersa):
         weights = phi(m, q, True) @ phi(m, k, False).mT
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+        weights = weights / (weights.sum(-1, keepdim=True) + (1e-6 if m.kind == "relu" else 1e-30))
     else:
         weights = (q @ k.mT / math.sqrt(8)).softmax(-1)
     return (weights @ v).transpose(0, 1).flatten(1)
@@ -729,6 +763,16 @@ def read_around(m, x, memory):
         weights = torch.stack(scores).softmax(0)
         rows.append((weights[..., None] * torch.stack(values)).sum(0).flatten())
     return torch.stack(rows)
+
+# catches: a chunk of targets whose sources reach far beyond what they look at
+def test_a_short_target_of_a_long_source():
+    cost = {}
+    for ratio in (1, 50):
+        m = shaken(build_cross, f"cross=place cross_ratio={ratio} levels=3")
+        with Largest() as most:
+            m(rand(1, 4, 16), rand(1, 4 * ratio, 16))
+        cost[ratio] = most.n
+    assert cost[50] < 2 * cost[1]
 
 # catches: source padding that is read, slots shifted within a chunk, an edge block taken for real
 @each("text", READERS)
@@ -775,6 +819,7 @@ def test_generate(text, arch):
         slow = torch.cat((slow, m(slow, src=src)[0][:, -1].argmax(-1, keepdim=True)), 1)
     assert torch.equal(m.train().generate(slow[:, :3], 30, src=src, temperature=0), slow) and m.training
     assert torch.equal(m.generate(slow[:, :3], 30, src=src, temperature=0.7, top_k=1), slow)
+    assert torch.equal(m.generate(slow[:, :3], 30, src=src, temperature=1e-42), slow)
     assert torch.equal(m.generate(slow, 0, src=src), slow)
 
 # catches: a short prompt continued behind its padding
@@ -832,12 +877,14 @@ def test_beam(text):
     m, src = transformer(text, "encdec"), tokens(6, 12, low=3) * mask_of(12, 12, 5, 12, 1, 9, 12)
     one, four = (beam_search(m, src, 1, 2, 15, beam=b).tolist() for b in (1, 4))
     greedy = m.generate(torch.ones(6, 1, dtype=torch.long), 15, src=src, temperature=0)[:, 1:].tolist()
+    gains = []
     for i in range(6):
         first, best, alone = cut(one[i], 2), cut(four[i], 2), src[i:i + 1, :(src[i] > 0).sum()]
         assert first == cut(greedy[i], 2)
-        assert score(m, alone, best) >= score(m, alone, first) - 1e-5
+        gains.append(score(m, alone, best) - score(m, alone, first))
         assert not any(four[i][len(best):])
         assert cut(beam_search(m, alone, 1, 2, 15, beam=4)[0].tolist(), 2) == best
+    assert sorted(gains)[1] >= -1e-5 and sum(gains) > -1e-5  # in one row of six the greedy path may fall out
 
 # catches: an ended hypothesis dropped, a length penalty on the wrong side
 @each("alpha", [0.0, 0.6, 2.0])
@@ -1268,6 +1315,15 @@ def test_resume_refuses_another_model_and_keeps_earlier_runs(work):
     assert read(work, "again.1", "log.csv") == before
     said = run("train.py", *TINY, "--resume", "--out_dir=nowhere", "--max_iters=1", cwd=work)
     assert "nowhere/ckpt.pt does not exist: starting anew" in said
+    log = read(work, "again", "log.csv")
+    with open(f"{work}/again/log.csv", "w") as f:
+        f.write(log[:-5])
+    said = run("train.py", "--resume", "--out_dir=again", "--max_iters=2", cwd=work)
+    assert "kept as log.00001.csv" in said and read(work, "again", "log.00001.csv") == log[:-5]
+    best = open(f"{work}/again/best.pt", "rb").read()
+    os.remove(f"{work}/again/ckpt.pt")
+    run("train.py", *TINY, "--mixer=haar", "--resume", "--out_dir=again", "--max_iters=1", cwd=work)
+    assert open(f"{work}/again.2/best.pt", "rb").read() == best
 
 def test_sample_lines_in_lines_out(work):
     # catches: order lost by length-batching, an empty line dropped, a separator in an answer
@@ -1281,6 +1337,8 @@ def test_sample_lines_in_lines_out(work):
     model, tokenizer, _ = load_model(f"{work}/whole/best.pt")
     alone = [translate(model, tokenizer, [t], max_new_tokens=8)[0][0] for t in lines]
     assert [" ".join(a.splitlines()) for a in alone] == got[:-1]
+    open(f"{work}/none.en", "w").close()
+    assert run(*ask, "--input=none.en", cwd=work) == ""
     for extra in ("--beam=3", "--temperature=0.7"):
         assert run(*ask, "--start=one\ntwo", "--max_new_tokens=5", extra, cwd=work).count("\n") == 1
 
@@ -1408,7 +1466,7 @@ def test_source_and_wavelets_are_drawn(work, tmp_path):
     assert said.count(" <- ") == 5 and "drawn to out/source.png" in said
     assert "--show=source draws a translation" in run(*ask, "--show=source", cwd=tmp_path, code=2)
     said = run(*ask, "--show=wavelets", cwd=tmp_path)
-    assert "decoder.0.mixer" in said and said.count("  a_L  ") == said.count("reconstruction error") == 2
+    assert "decoder.0.mixer" in said and said.count("  a_L  ") == 2
     assert "drawn to out/wavelets.png" in said
     for name in ("source", "wavelets"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -1427,6 +1485,8 @@ WRONG = """
     2  --levels                      train.py --levels=99
     2  --levels                      train.py --mixer=attention --levels=2
     2  --window                      train.py --mixer=wersa --window=4
+    2  --n_layer                     train.py --mixer=haar,attention,wersa
+    2  --leak                        train.py --mixer=haar --leak
     2  --inner                       train.py --mixer=haar --inner=wersa
     2  --vocab_size                  train.py --vocab_size=300
     2  --undecimated=decoder         train.py --mixer=wersa --undecimated=no
@@ -1642,6 +1702,9 @@ def test_fine_tuning(work):
     said = run("train.py", *flags, "--max_iters=3", "--resume", cwd=work)
     assert "--init_from is left out" in said and "step 00003/00003" in said and "step 00000" not in said
     prepare_data.prepare("recall", f"{work}/tune", rows=100, n_pairs=2, n_keys=4)
+    prepare_data.prepare("lego", f"{work}/tune", rows=100, n_links=2, n_tr=1)
+    labels = ["--dataset=lego", "--data_dir=tune", "--pool=mean", "--out_dir=pooled"]
+    assert "--pool=mean does not suit lego" in run("train.py", *TINY, *labels, cwd=work, code=1)
     said = run("train.py", *flags, "--dataset=recall", "--data_dir=tune", cwd=work)
     assert "fresh: wte.weight, lm_head.weight\n" in said and "--tokenizer_from=tune/numbers" in said
     for wrong, words in (("--n_embd=32", "nothing in whole/best.pt fits"),
@@ -2650,6 +2713,9 @@ def test_a_data_set_with_a_name_of_its_own(tmp_path):
         assert "--name=" in said and said.count("\n") == 1
     said = run("train.py", *train, "--dataset=yours", "--out_dir=o", cwd=tmp_path, code=1)
     assert "unknown data set yours" in said and "prepare_data.py --dataset=... --name=yours" in said
+    shutil.copy(tmp_path / "t", tmp_path / "data" / "mine" / "my.txt")
+    said = run("prepare_data.py", *flags, "--name=mine", "--force", cwd=tmp_path, code=1)
+    assert "holds my.txt, which would be lost" in said and "my.txt" in os.listdir(tmp_path / "data" / "mine")
     os.remove(tmp_path / "data" / "mine" / "train.bin")
     said = run("train.py", *train, "--dataset=mine", "--out_dir=o", cwd=tmp_path, code=1)
     assert "--dataset=... --name=mine" in said
@@ -2814,7 +2880,8 @@ def test_variants_take_up_every_mixer(tmp_path):
         leak, chunks, pads, half = map(float, row.split("|")[3:7])
         assert "paper's" in row or leak == 0 and chunks < 1e-5 and pads < 1e-5 and half < 0.03, row
     assert any(line.startswith("| mixer=mean ") for line in rows) and len(rows) > 25
-    flags = [*TINY, "--mixer=mean,attention", "--mixers_from=mine.py", "--out_dir=own", "--max_iters=2"]
+    flags = [*TINY, "--mixer=mean,attention", "--n_layer=2", "--mixers_from=mine.py", "--out_dir=own",
+             "--max_iters=2"]
     prepare_data.prepare("numbers", str(tmp_path / "data"), rows=200)
     run("train.py", *flags, cwd=tmp_path)
 

@@ -6,7 +6,7 @@ Train a wavelet encoder-decoder (or encoder, or decoder): one GPU, one CPU, or m
     python train.py --resume                 # go on where out/ckpt.pt stopped
     python train.py --init_from=out/best.pt --dataset=parallel --out_dir=tuned    # its weights and settings
     torchrun --standalone --nproc_per_node=4 train.py    # 4 GPUs, or 4 CPU processes
-    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST ...   # 1 on the other node
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST ...   # --node_rank=1 on the second node
 
 A step is batch_size * gradient_accumulation_steps rows, however many processes share them. Data order is a
 function of (seed, step), dropout one of (seed, step, process), so a run may be killed and resumed, on another
@@ -200,11 +200,12 @@ if world > 1:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=settings["dist_timeout"]))
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # for work of any length
-sys.excepthook = unforeseen  # after torch's own, which holds back for good what is said
+# set after torch.distributed's own, which holds back what it prints, so that os._exit would lose it
+sys.excepthook = unforeseen
 
 folder = os.path.join(settings["data_dir"], settings["dataset"])
 if master and not os.path.exists(os.path.join(folder, "meta.json")):
-    own()  # and let go again: a folder that cannot be written is told before the work
+    own()  # and let go again: an --out_dir that cannot be written ends this before the data are made
     prepare(settings["dataset"], settings["data_dir"])
 if world > 1:
     dist.barrier(group=patient)
@@ -214,8 +215,8 @@ fixed["pad_id"] = PAD
 advice = {k: meta[k] for k in ("arch", "block_size", "pool") if k in meta}
 advice["cross_ratio"] = meta.get("ratio", 1.0)
 for k in ("arch", "pool", "cross_ratio"):
-    if k in inherited and k in advice:  # new data have their own
-        said[k] = advice[k]
+    if k in inherited and (k in advice or inherited[k] == "token"):  # new data have their own
+        said[k] = advice.get(k, "mean")
 settings = {**settings, **advice, **said, **fixed}
 cfg = SimpleNamespace(**settings)
 try:
@@ -224,6 +225,8 @@ except ValueError as e:
     stop(e, 2)
 if cfg.arch != meta["arch"]:
     stop(f"--arch={cfg.arch} cannot train on {cfg.dataset}, which is for {meta['arch']}: leave it out")
+if cfg.arch == "encoder" and (cfg.pool == "token") != (meta["labels"] == "token"):
+    stop(f"--pool={cfg.pool} does not suit {cfg.dataset}, where a {meta['labels']} has a label: leave it out")
 if ckpt:
     if any(ckpt["meta"].get(k) != meta[k] for k in ("files", "tokenizer")):
         stop(f"{folder} is not the data set of this run: bring that back, or take another --out_dir")
@@ -241,13 +244,20 @@ Ts_far = [int(T) for T in (cfg.eval_block_size or asked).split(",") if T != "0"]
 known = [T for T in Ts_far if T <= T_max or cfg.pos != "learned"]
 layers = [model_cfg.of_layer(i) for i in range(cfg.n_layer)]
 mixers = {c.mixer for c in layers}
+unused = set(cfg.mixer.split(",")) - mixers
+if unused:
+    stop(f"--mixer={cfg.mixer} has no layer for {', '.join(unused)}: raise --n_layer={cfg.n_layer}", 2)
 used = mixers | {c.inner for c in layers if c.mixer == "wavspa"}
 crosses = {c.cross_kind for c in layers if cfg.arch == "encdec"}
 wavy = mixers & {"haar", "wavspa", "wersa"}
 banded = any(c.mixer in wavy and c.n_levels > 0 for c in layers)
+literal = any(c.mixer == "haar" and c.n_levels > 0 and not c.is_undecimated(causal=True) for c in layers)
+leaky = literal and cfg.arch != "encoder"
 idle = [("vocab_size n_classes pad_id", True, "the data set says it"),
         ("cross cross_ratio", cfg.arch != "encdec", "it needs --arch=encdec"),
         ("pool", cfg.arch != "encoder", "it needs --arch=encoder"),
+        ("beam", cfg.arch != "encdec", "it is for translations"),
+        ("leak", not leaky, "nothing leaks"),
         ("eval_block_size", known != Ts_far, f"--pos=learned knows no position beyond {T_max}")]
 if mixers <= wavy | {"attention", "fourier"}:  # one of a reader's own may look at anything
     idle += [("window", "attention" not in used, "it needs attention, as a mixer or in wavspa"),
@@ -256,8 +266,7 @@ if mixers <= wavy | {"attention", "fourier"}:  # one of a reader's own may look 
              ("inner wavspa_shared", "wavspa" not in mixers, "it needs --mixer=wavspa"),
              ("n_features feature_map", "wersa" not in used | crosses, "it needs wersa")]
 refuse_idle(given, idle, lambda sentence: stop(sentence, 2))
-literal = any(c.mixer == "haar" and c.n_levels > 0 and not c.is_undecimated(causal=True) for c in layers)
-if literal and cfg.arch != "encoder" and not cfg.leak:
+if leaky and not cfg.leak:
     stop("--undecimated=no leaks in a decoder: each position sees the rest of its block, its own label too; "
          "--undecimated=decoder has the paper's encoder and a sound decoder, --leak trains it all the same")
 step_rows = cfg.batch_size * cfg.gradient_accumulation_steps
@@ -326,17 +335,18 @@ if source:
             f"with --tokenizer_from={had}")
 best_iter = 0
 if ckpt and ckpt["best_loss"] < math.inf:
-    best_iter = load_checkpoint(best_path)["iter_num"]  # which the end takes: missed now, not then
+    best_iter = load_checkpoint(best_path)["iter_num"]  # a best.pt that is gone is missed now, not at the end
 model.to(device)
 betas = (cfg.beta1, cfg.beta2)
 optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
 dtype = cfg.dtype
 if dtype == "auto":
-    half = "bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
-    dtype = half if device_type == "cuda" else "float32"
+    dtype = "float32"
+    if device_type == "cuda":  # what a GPU emulates is slow
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 if device_type == "cpu" and dtype != "float32" and T_max <= 128:
-    torch.backends.cuda.enable_flash_sdp(False)  # its 16-bit backward takes 2 to 6 times as long
+    torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too, whose 16-bit backward is 2 to 6 times slower
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 sums = np.zeros(3)  # since the last line of log.csv: losses, without label smoothing, and steps
 iter_num, best_loss, seconds, evaluated, skipped, in_a_row = ((ckpt or COUNTERS)[name] for name in COUNTERS)
@@ -536,7 +546,7 @@ had = ckpt["config"] if ckpt else settings
 changed = [f"{k}={v} was {had.get(k)}" for k, v in settings.items() if v != had.get(k) and k != "resume"]
 if master:
     with writing(out):
-        if not ckpt and os.path.exists(ckpt_path):
+        if not ckpt and (os.path.exists(ckpt_path) or os.path.exists(best_path)):
             n = next(n for n in range(1, 10**6) if not os.path.exists(f"{out}.{n}"))
             os.rename(out, f"{out}.{n}")
             say(f"{out} held an earlier run: moved to {out}.{n} (to go on with a run instead, say --resume)")
@@ -550,6 +560,9 @@ if master:
         if ckpt and os.path.exists(log_path) and os.path.getsize(log_path) >= ckpt["log_bytes"]:
             os.truncate(log_path, ckpt["log_bytes"])  # what was logged after the checkpoint happens again
         else:
+            if ckpt and os.path.exists(log_path):
+                os.rename(log_path, f"{out}/log.{iter_num:05d}.csv")
+                say(f"{log_path} has lost lines: kept as log.{iter_num:05d}.csv, a new one begins")
             with open(log_path, "w", newline="") as f:
                 csv.writer(f).writerow(LOGGED)
         earlier = f"{out}/config.{iter_num:05d}.json"
@@ -578,7 +591,8 @@ def get_lr(it):
     return low + 0.5 * (1 + math.cos(math.pi * min(1.0, ratio))) * (cfg.learning_rate - low)
 
 def passes(batches, size):
-    """Forward and backward of this process's part of a step -> its loss, and the same without smoothing."""
+    """Forward and backward of this process's part of a step, which has size times an average step's targets
+    -> its loss, and the same without smoothing."""
     loss_sum = nll_sum = 0.0
     for i, (tensors, share) in enumerate(batches):
         if world > 1:
@@ -612,7 +626,7 @@ def compile_now():
             seconds.append(time.time() - began)
     optimizer.zero_grad(set_to_none=True)
     compiling = False
-    fast, slow = map(np.median, taken.values())
+    fast, slow = np.median(taken["default"]), np.median(taken["force_eager"])
     cost = sum(taken["default"]) - 10 * fast
     pays = iter_num + cost / (slow - fast) if fast < slow else math.inf
     advice = f"it pays from step {pays:.0f} on" if pays < cfg.max_iters else "--compile=False is faster here"
