@@ -604,7 +604,7 @@ class Wersa(Attention):
         t, total, past, KV = (0, 0, None, None) if state is None else state
         qk, v = self.c_attn(masked(x, mask)).split([2 * C, C], -1)
         if self.L > 0:
-            qk = masked(qk, mask)
+            qk = masked(qk, mask)  # a bias would fill it
             q = wide(qk[..., :C])
             if self.causal:
                 sums = total + q.cumsum(1)

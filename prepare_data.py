@@ -1124,7 +1124,8 @@ def make(tmp, folder, dataset, options, settings):
           "ours: move it away or choose another --data_dir")
     check(options.get("source") is not inspect.Parameter.empty, f"{dataset} is made from your own files: "
           f"python prepare_data.py --dataset={dataset} --source=FILE (parallel: train.en,train.de)")
-    with contextlib.suppress(FileNotFoundError, ValueError, LookupError):  # a damaged one is repaired
+    # a damaged one is repaired
+    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):
         ours = {"meta.json", *json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]}
         alien = sorted({path.name for path in folder.iterdir()} - ours)
         check(not alien, f"{folder} holds {', '.join(alien)}, which would be lost: move it away")

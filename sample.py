@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import zipfile
+from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
@@ -261,12 +262,17 @@ def read_image(name, shape):
         raise SystemExit(f"{name} has {w} x {h} pixels, the checkpoint reads {W} x {H}: scale it first")
     return (grey.round().astype(int).ravel() + N_SPECIAL).tolist()
 
-def save(figure, path, dpi):
+@contextmanager
+def writing(path, mode="w"):
     try:
-        with replacing(path, "wb") as f:
-            figure.savefig(f, dpi=dpi, format="png")
+        with replacing(path, mode) as f:
+            yield f
     except OSError as e:
         raise SystemExit(f"{path} cannot be written: {e.strerror}")
+
+def save(figure, path, dpi):
+    with writing(path, "wb") as f:
+        figure.savefig(f, dpi=dpi, format="png")
     print(f"drawn to {path}")
 
 @torch.no_grad()
@@ -536,12 +542,11 @@ def main():
     if cut:
         print(f"{cut} of {n} inputs were longer than {most} tokens and were cut", file=sys.stderr)
     if args.output is None:
-        return print(*results, sep="\n") if results else None
-    try:
-        with replacing(args.output) as f:
-            f.writelines(line + "\n" for line in results)
-    except OSError as e:
-        raise SystemExit(f"{args.output} cannot be written: {e.strerror}")
+        for line in results:
+            print(line)
+        return
+    with writing(args.output) as f:
+        f.writelines(line + "\n" for line in results)
 
 if __name__ == "__main__":
     main()
